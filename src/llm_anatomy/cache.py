@@ -1,0 +1,66 @@
+"""Keys and values already computed, so that a decoder reads one new token at a time."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class KVCache:
+    """The keys and values of one attention layer, from the first position to the last one seen.
+
+    Without a capacity the cache grows by concatenation, which autograd can follow; this is what
+    prefix tuning needs. With a capacity, memory for that many positions is taken once and then
+    written in place: no copying as the sequence grows, for inference only.
+
+    Args:
+        capacity: positions that fit, or None for no limit.
+
+    Raises:
+        ValueError: the capacity is not positive.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"a cache needs room for at least one position, got {capacity}")
+        self.capacity = capacity
+        self.length = 0
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def append(
+        self, k: Float[Tensor, "B G T E"], v: Float[Tensor, "B G T M"]
+    ) -> tuple[Float[Tensor, "B G S E"], Float[Tensor, "B G S M"]]:
+        """Add T positions and return all S of them.
+
+        Raises:
+            ValueError: the positions do not fit, or their batch, heads or width differ from those
+                that the cache holds. The cache is unchanged then.
+        """
+        T = k.shape[2]
+        if self.k is not None:
+            for name, new, held in (("keys", k, self.k), ("values", v, self.v)):
+                if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
+                    raise ValueError(
+                        f"the cache holds {name} of batch {held.shape[0]}, {held.shape[1]} heads "
+                        f"and width {held.shape[3]}, but got shape {tuple(new.shape)}"
+                    )
+        if self.capacity is None:
+            self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
+            self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
+            self.length += T
+            return self.k, self.v
+        if self.length + T > self.capacity:
+            raise ValueError(
+                f"the cache is full: {self.length} of {self.capacity} positions are taken, "
+                f"{T} more do not fit"
+            )
+        if self.k is None:
+            self.k = k.new_empty(*k.shape[:2], self.capacity, k.shape[3])
+            self.v = v.new_empty(*v.shape[:2], self.capacity, v.shape[3])
+        old, self.length = self.length, self.length + T
+        self.k[:, :, old : self.length] = k
+        self.v[:, :, old : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]

@@ -1,0 +1,1 @@
+"""One readable file per architecture; import the class you want from its own module."""

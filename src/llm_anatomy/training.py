@@ -1,0 +1,195 @@
+"""One training loop, the learning-rate schedules and the smoothed loss that the chapters use."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+Schedule = Callable[[int], float]
+
+
+def inverse_sqrt_schedule(step: int, d_model: int, warmup: int = 4000, scale: float = 1.0) -> float:
+    """Rise in a straight line for `warmup` steps, then fall with the square root of the step.
+
+    Vaswani et al., 2017 (arXiv:1706.03762), equation 3. Steps count from 1; the peak, at
+    `step == warmup`, is `scale / sqrt(d_model * warmup)`.
+
+    Raises:
+        ValueError: `step` or `warmup` is smaller than 1.
+    """
+    if step < 1 or warmup < 1:
+        raise ValueError(f"step and warmup count from 1, got {step} and {warmup}")
+    return scale * d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
+
+
+def cosine_with_warmup(
+    step: int, n_steps: int, peak: float, warmup: int = 0, floor: float = 0.0
+) -> float:
+    """Rise in a straight line to `peak`, then fall along half a cosine to `floor` at `n_steps`.
+
+    Loshchilov and Hutter, 2017 (arXiv:1608.03983), without restarts. Steps count from 1.
+
+    Raises:
+        ValueError: `step` lies outside 1 to `n_steps`, or the warm-up takes all of it.
+    """
+    if not 1 <= step <= n_steps or not 0 <= warmup < n_steps:
+        raise ValueError(f"need 1 <= step <= n_steps and warmup < n_steps, got {step}, {n_steps}")
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (n_steps - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def smoothed_cross_entropy(
+    logits: Float[Tensor, "*N V"],
+    targets: Int[Tensor, "*N"],
+    smoothing: float = 0.1,
+    ignore_index: int = -100,
+) -> Float[Tensor, ""]:
+    """Cross-entropy against targets that leave a little probability to every token, in nats.
+
+    Szegedy et al., 2016 (arXiv:1512.00567), section 7: the target distribution is
+    (1 - smoothing) on the true token plus smoothing/V on each of the V tokens. Its minimum is the
+    entropy of that distribution, not 0.
+
+    Args:
+        logits: scores of the V tokens.
+        targets: token ids; positions that hold `ignore_index` do not count.
+        smoothing: between 0 and 1; 0 is the ordinary cross-entropy.
+        ignore_index: marks the positions without a target.
+
+    Raises:
+        ValueError: `smoothing` is outside [0, 1), or no position has a target.
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+    counted = targets != ignore_index
+    if not counted.any():
+        raise ValueError("every target is ignored: there is nothing to average")
+    log_p = logits[counted].log_softmax(dim=-1)  # (N, V)
+    hit = log_p.gather(-1, targets[counted][:, None]).squeeze(-1)  # (N,)
+    return -((1 - smoothing) * hit + smoothing * log_p.mean(dim=-1)).mean()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices, not biases, norms or other vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def train(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    batch_at: Callable[[int], Any],
+    n_steps: int,
+    schedule: Schedule,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    clip_norm: float | None = 1.0,
+    folder: str | Path | None = None,
+    save_every: int | None = None,
+    description: str = "training",
+) -> list[float]:
+    """Train `model` in place, and resume where an earlier run in the same folder stopped.
+
+    Args:
+        model: put into training mode, and left in evaluation mode.
+        loss_of: loss of a model on a batch, in nats.
+        batch_at: batch of a step, counted from 1. The same step must give the same batch, which is
+            what makes a resumed run equal to one that was never interrupted.
+        n_steps: steps in all, those of an earlier run included.
+        schedule: learning rate of a step, counted from 1.
+        optimizer: AdamW with betas 0.9 and 0.98 unless given.
+        clip_norm: longest gradient allowed, over all parameters together; None for no limit.
+        folder: where `checkpoint.safetensors` is read and written, if anywhere.
+        save_every: steps between checkpoints; the last step is always saved when a folder is given.
+        description: shown beside the progress bar.
+
+    Returns:
+        The loss of every step, those of an earlier run included.
+
+    Raises:
+        FloatingPointError: the loss is not finite. The model keeps the state before that step.
+        ValueError: the checkpoint is corrupt or belongs to another model.
+    """
+    if optimizer is None:
+        groups = parameter_groups(model, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9)
+    path = None if folder is None else Path(folder) / "checkpoint.safetensors"
+    losses = [] if path is None or not path.exists() else load_checkpoint(path, model, optimizer)
+    model.train()
+    steps: Iterable[int] = range(len(losses) + 1, n_steps + 1)
+    for step in tqdm(steps, desc=description, initial=len(losses), total=n_steps, leave=False):
+        loss = loss_of(model, batch_at(step))
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+        optimizer.zero_grad()
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.step()
+        losses.append(loss.item())
+        if path is not None and (step == n_steps or (save_every and step % save_every == 0)):
+            save_checkpoint(path, model, optimizer, losses)
+    model.eval()
+    return losses
+
+
+def save_checkpoint(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    """Write all that a run needs to go on: weights, optimiser, random state and losses.
+
+    The file is replaced in one step, so a run killed while saving leaves the older one whole.
+    """
+    path = Path(path)
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(t) for name, t in state.items()}
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    tensors["random"] = torch.get_rng_state()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[float]:
+    """Restore what `save_checkpoint` wrote, and return the losses so far.
+
+    Raises:
+        ValueError: the file is corrupt, or its weights are not those of this model. Nothing is
+            changed then.
+    """
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    wanted = model.state_dict()
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in wanted.items()}:
+        raise ValueError(f"{path} belongs to another model: names or shapes differ")
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".", 2)
+            state.setdefault(int(i), {})[key] = tensor
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    torch.set_rng_state(tensors["random"])
+    return tensors["losses"].tolist()
