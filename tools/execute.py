@@ -2,9 +2,9 @@
 
     python tools/execute.py                                 every chapter
     python tools/execute.py chapters/01-attention.ipynb     one of them
-    python tools/execute.py --check                         compare with what is stored, write nothing
+    python tools/execute.py --check                         compare with what is stored
 
-nbval proves text outputs but looks neither at pictures nor at the state of widgets; `--check` does.
+nbval proves texts but looks neither at pictures nor at the state of widgets; `--check` does.
 Seconds and peak memory of each notebook go to _build/notebooks.json.
 """
 
@@ -44,7 +44,7 @@ ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b", re.IGNORECASE)
 PROGRESS = re.compile(r"\r(?!\n)|\d+%\|.*\||\bit/s\b|\bs/it\b")
 
 
-class Rejected(Exception):
+class NotebookError(Exception):
     """A notebook whose outputs may not be stored; the message says which cell and why."""
 
 
@@ -67,6 +67,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> tuple[float, float
         timeout=CELL_TIMEOUT_SECONDS,
         coalesce_streams=True,
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
     start = time.monotonic()
@@ -95,7 +96,7 @@ def inspect(notebook: nbformat.NotebookNode) -> None:
     """Refuse outputs that no reader should see or that no second run would repeat.
 
     Raises:
-        Rejected: naming every offending cell.
+        NotebookError: naming every offending cell.
     """
     faults = []
     for number, cell in enumerate(code_cells(notebook), start=1):
@@ -108,7 +109,7 @@ def inspect(notebook: nbformat.NotebookNode) -> None:
             if address := ADDRESS.search(text):
                 faults.append(f"code cell {number} shows a memory address: {address[0]}")
     if faults:
-        raise Rejected("\n".join(faults))
+        raise NotebookError("\n".join(faults))
 
 
 def texts(output: nbformat.NotebookNode) -> Iterator[str]:
@@ -138,7 +139,6 @@ def normalise(notebook: nbformat.NotebookNode, name: str) -> None:
         cell.metadata = nbformat.from_dict(
             {key: value for key, value in cell.metadata.items() if key in CELL_METADATA}
         )
-        cell.pop("attachments", None) if not cell.get("attachments") else None
     if widgets:
         state = tidy_widgets(notebook, copy.deepcopy(widgets[STATE]["state"]))
         if state:
@@ -197,7 +197,7 @@ def reach(key: str, state: dict, reached: list[str]) -> None:
     if key in reached:
         return
     if key not in state:
-        raise Rejected(f"an output shows widget {key}, whose state was not stored")
+        raise NotebookError(f"an output shows widget {key}, whose state was not stored")
     reached.append(key)
     for other in references(state[key]["state"]):
         reach(other, state, reached)
@@ -236,9 +236,8 @@ def differences(stored: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> 
         if old.execution_count != new.execution_count:
             found.append(f"code cell {number}: stored count {old.execution_count}")
         if len(old.outputs) != len(new.outputs):
-            found.append(
-                f"code cell {number}: {len(old.outputs)} outputs stored, {len(new.outputs)} new"
-            )
+            counts = f"{len(old.outputs)} outputs stored, {len(new.outputs)} new"
+            found.append(f"code cell {number}: {counts}")
             continue
         for before, after in zip(old.outputs, new.outputs, strict=True):
             if not same_output(before, after):
@@ -303,7 +302,7 @@ def process(path: Path, check: bool) -> bool:
     except CellTimeoutError:
         print(f"FAILED\n  a cell ran for more than {CELL_TIMEOUT_SECONDS} s")
         return False
-    except (CellExecutionError, DeadKernelError, Rejected) as error:
+    except (CellExecutionError, DeadKernelError, NotebookError) as error:
         print("FAILED\n" + "\n".join("  " + line for line in str(error).splitlines()))
         return False
     record(path.name, seconds=round(seconds, 1), peak_mib=round(peak), cells=len(fresh.cells))
