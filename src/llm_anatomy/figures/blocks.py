@@ -1,8 +1,8 @@
-"""Interactive figures out of two parts: pages of HTML made beforehand, and controls that turn them.
+"""Interactive figures from two parts: pages of HTML made beforehand, and controls that turn them.
 
-A control (an ipywidgets slider or drop-down list) is linked in the browser to the page on view, so a
-figure answers in JupyterLab and equally on a page that has no kernel behind it. Where ipywidgets is
-older than 8 and has no `Stack` (Colab), there is always a kernel, and a callback turns the pages.
+A control (an ipywidgets slider or drop-down list) is linked in the browser to the page on view, so
+a figure answers in JupyterLab and equally on a page that has no kernel behind it. Where ipywidgets
+is older than 8 and has no `Stack` (Colab), there always is a kernel, and a callback turns them.
 """
 
 import functools
@@ -91,7 +91,7 @@ def grid_of_frames(
 
 
 def control(label: str, options: Sequence[object]) -> widgets.Widget:
-    """Make a slider (for numbers) or a drop-down list (for words) whose `index` says what is chosen.
+    """Make a slider (for numbers) or a drop-down list (for words); its `index` is the choice.
 
     Raises:
         ValueError: no options, or the same one twice.
@@ -107,7 +107,11 @@ def control(label: str, options: Sequence[object]) -> widgets.Widget:
         options=names,
         value=names[0],
         description=label,
-        layout=widgets.Layout(width="auto", max_width="100%", margin="0 12px 6px 0"),
+        layout=widgets.Layout(
+            width="24rem" if numbers else "auto",
+            max_width="100%" if numbers else "min(100%, 22rem)",
+            margin="0 12px 6px 0",
+        ),
         style={"description_width": "initial"},
     )
 
@@ -164,8 +168,8 @@ def panels() -> Callable[[str], widgets.HTML]:
 def row_picker(label: str, names: Sequence[str]) -> list[widgets.Widget]:
     """Make a drop-down list that picks out one row in every matrix after it in the same box.
 
-    Only an invisible mark is switched; the stylesheet does the rest, so the choice outlasts a change
-    of matrix, and no matrix is stored once for each row.
+    Only an invisible mark is switched; the stylesheet does the rest. So the choice outlasts a
+    change of matrix, and no matrix is stored once for each row.
 
     Returns:
         The control and the mark, to be followed by the matrices. Rows are those that
@@ -232,7 +236,7 @@ def level(value: float) -> int:
 
 
 def shade(step: int, theme: str) -> tuple[tuple[int, int, int], str]:
-    """Return a shade's ground as (red, green, blue), and the ink, black or white, that reads on it."""
+    """Return a shade's ground as (red, green, blue), and black or white, whichever reads on it."""
     start, end = RAMPS[theme]
     share = step / (LEVELS - 1)
     ground = tuple(round(a + share * (b - a)) for a, b in zip(start, end, strict=True))
@@ -251,7 +255,7 @@ def luminance(colour: tuple[int, int, int]) -> float:
 
 @functools.cache
 def stylesheet(rows: int = 0) -> str:
-    """Return the style of a figure: the file, the shades in light and dark, and the rows to pick."""
+    """Return a figure's style: the file, the shades in light and dark, and the rows to pick."""
     source = (
         importlib.resources.files("llm_anatomy.figures").joinpath("figure.css").read_text("utf-8")
     )

@@ -31,8 +31,9 @@ def attention_explorer(
     weights: Sequence[Float[Tensor, "L H _ _"]],
     *,
     about: str = (
-        "Attention weights: choose a sentence, a layer, a head and a query. "
-        "The framed row, and the bars, show how the query divides its attention over the keys."
+        "Attention weights, a row for each query and a column for each key. Choose a sentence, a "
+        "layer, a head and a query: the framed row, and the bars, show how that query divides its "
+        "attention."
     ),
 ) -> Figure:
     """Let the reader walk through the attention weights of a model.
@@ -43,7 +44,8 @@ def attention_explorer(
         about: what the figure shows.
 
     Raises:
-        ValueError: no sentences, counts that do not fit, NaN, or a row that does not sum to 1 (or 0).
+        ValueError: no sentences, counts that do not fit, NaN, or a row that sums neither
+            to 1 nor to 0.
     """
     if not sentences or len(sentences) != len(weights):
         raise ValueError(
@@ -68,7 +70,7 @@ def attention_explorer(
     def body(tokens: Sequence[str], each: Tensor) -> widgets.Widget:
         def page(layer: int, head: int) -> str:
             lines = each[layer, head].tolist()
-            caption = f"layer {layer}, head {head}: rows are queries, columns are keys"
+            caption = f"layer {layer}, head {head}"
             bars = "".join(
                 bars_html(line, tokens, _looks(tokens[i], line), row=i)
                 for i, line in enumerate(lines)
@@ -92,8 +94,8 @@ def heads_viewer(
     weights: Float[Tensor, "*L H _ _"],
     *,
     about: str = (
-        "Attention weights of all heads side by side. Choose a query to frame its row in each head: "
-        "the heads divide the same sentence in different ways."
+        "Attention weights of all heads side by side. Choose a query to frame its row in each "
+        "head: the heads divide the same sentence in different ways."
     ),
 ) -> Figure:
     """Show every head of a layer at once, with one query's row framed in all of them.
@@ -104,7 +106,7 @@ def heads_viewer(
         about: what the figure shows.
 
     Raises:
-        ValueError: counts that do not fit, NaN, or a row that does not sum to 1 (or 0).
+        ValueError: counts that do not fit, NaN, or a row that sums neither to 1 nor to 0.
     """
     weights = weights[None] if weights.ndim == 3 else weights
     weights = _square(weights, 4, "weights")
@@ -118,7 +120,7 @@ def heads_viewer(
             )
             for head in range(H)
         ]
-        return f"<div class=la-pair>{''.join(heads)}</div>"
+        return f"<div class='la-pair la-small'>{''.join(heads)}</div>"
 
     layer = _numbered("layer", L)
     picker = row_picker("query", tokens)
@@ -264,8 +266,8 @@ def position_similarity(
     for name, matrix in curves.items():
         if matrix.shape != (T, T) or T < 2:
             raise ValueError(
-                f"schemes[{name!r}] must be a square matrix of at least 2 positions, as wide as the "
-                f"others ({T}), got {tuple(matrix.shape)}"
+                f"schemes[{name!r}] must be a square matrix of at least 2 positions, as wide as "
+                f"the others ({T}), got {tuple(matrix.shape)}"
             )
     if positions is None:
         positions = sorted({round(n * (T - 1) / 8) for n in range(9)})
@@ -280,7 +282,7 @@ def position_similarity(
 
 
 def masked_weights(scores: Float[Tensor, "T S"], mask: Bool[Tensor, "T S"]) -> Float[Tensor, "T S"]:
-    """Return the attention weights of given scores: the package's attention with the scores as bias."""
+    """Return the weights of given scores: the package's attention, with the scores as bias."""
     T, S = scores.shape
     nothing = torch.zeros(1, 1, T, 1, dtype=scores.dtype)
     keys = torch.zeros(1, 1, S, 1, dtype=scores.dtype)
@@ -322,8 +324,9 @@ def _curve_html(matrix: Tensor, name: str, position: int) -> str:
     )
     middle = across(0)
     summary = (
-        f"{name}, query at position {position}: from {number(values[0][1])} at offset {values[0][0]} "
-        f"over {number(here)} at offset 0 to {number(values[-1][1])} at offset {values[-1][0]}"
+        f"{name}, query at position {position}: from {number(values[0][1])} at offset "
+        f"{values[0][0]} over {number(here)} at offset 0 to {number(values[-1][1])} at offset "
+        f"{values[-1][0]}"
     )
     labels = [
         (36, down(high) + 4, "end", number(high)),

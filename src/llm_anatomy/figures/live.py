@@ -26,8 +26,8 @@ def mask_painter(
 ) -> Figure:
     """Let the reader tick which keys each query may see, and compute the weights at each tick.
 
-    The figure carries the class `needs-kernel`: on the book's page, where nothing can be computed, a
-    line stands in its place.
+    The figure carries the class `needs-kernel`: on the book's page, where nothing can be computed,
+    a line stands in its place.
 
     Args:
         scores: what the softmax is taken of, at most 10 by 10.
@@ -99,12 +99,6 @@ def mask_painter(
         ),
     )
     grid.add_class("la-grid")
-    note = panel(
-        f"<p class=la-about>{text(about)}<p>This figure computes while you paint, so it needs a running "
-        "kernel: open the chapter on Colab or in Jupyter."
-    )
-    note = widgets.HTML(note.value)
-    note.add_class("la-kernel-note")
-    figure = Figure([note, row(buttons), row([grid, view])], about)
+    figure = Figure([row(buttons), row([grid, view])], about)
     figure.add_class("needs-kernel")
     return figure

@@ -1,8 +1,8 @@
 """Pictures drawn with matplotlib, in one style, and the one way to show them: with alt text.
 
-A white ground reads on light and on dark pages, the colours are those of Okabe and Ito (safe for the
-common kinds of colour blindness), every series also differs by line and marker, and the type stays
-legible when a phone shrinks the picture to 340 pixels.
+A white ground reads on light and on dark pages, the first colours are those of Okabe and Ito (safe
+for the common kinds of colour blindness), every series also differs by line and marker, and the
+type stays legible when a phone shrinks the picture to 340 pixels.
 """
 
 import base64
@@ -98,7 +98,7 @@ def heat_map(
     *,
     title: str = "",
 ) -> Figure:
-    """Draw attention weights as a grid with a token at each row and column and a number in each cell.
+    """Draw attention weights as a grid: tokens at the rows and columns, a number in each cell.
 
     Args:
         keys: the tokens looked at; the queries themselves unless given.
