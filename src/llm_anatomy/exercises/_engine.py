@@ -346,7 +346,7 @@ def _explain(answer: Callable[..., Any], error: BaseException) -> NoReturn:
 def _is_learners(frame: Any) -> bool:
     name = frame.f_globals.get("__name__", "")
     root = name.partition(".")[0]
-    libraries = {"torch", "llm_anatomy", "einops", "jaxtyping", "numpy"}
+    libraries = {"torch", "llm_anatomy", "einops", "jaxtyping", "beartype", "numpy"}
     return root not in sys.stdlib_module_names and root not in libraries
 
 
@@ -437,8 +437,14 @@ def _as_scalar(value: Any) -> Any:
 
 
 def _difference(
-    got: Any, expected: Any, rtol: float, atol: float, names: Sequence[str] = ()
+    got: Any,
+    expected: Any,
+    rtol: float,
+    atol: float,
+    names: Sequence[str] = (),
+    reveal: bool = True,
 ) -> _Difference | None:
+    """How two values differ. `reveal` says whether a number that is wrong may be corrected."""
     if isinstance(expected, Tensor):
         return _tensor_difference(got, expected, rtol, atol)
     if isinstance(expected, tuple | list):
@@ -450,7 +456,7 @@ def _difference(
         if len(got) != len(expected):
             return _Difference(f"It should hold {len(expected)} things, and holds {len(got)}.")
         for i, (one, other) in enumerate(zip(got, expected, strict=True)):
-            found = _difference(one, other, rtol, atol)
+            found = _difference(one, other, rtol, atol, (), reveal)
             if found is not None:
                 label = names[i] if names else f"part {i}"
                 return _Difference(f"{label}: {found.what}", found.clue)
@@ -459,10 +465,12 @@ def _difference(
         if isinstance(got, str) and got.strip().casefold() == expected.strip().casefold():
             return None
         return _Difference(f"got {_describe(got)}.")
-    return _number_difference(_as_scalar(got), expected, rtol, atol)
+    return _number_difference(_as_scalar(got), expected, rtol, atol, reveal)
 
 
-def _number_difference(got: Any, expected: Any, rtol: float, atol: float) -> _Difference | None:
+def _number_difference(
+    got: Any, expected: Any, rtol: float, atol: float, reveal: bool
+) -> _Difference | None:
     if isinstance(expected, bool):
         if not isinstance(got, bool):
             return _Difference(f"It should be True or False, and is {_describe(got)}.")
@@ -473,10 +481,10 @@ def _number_difference(got: Any, expected: Any, rtol: float, atol: float) -> _Di
         return _Difference("It is nan, not a number.")
     if abs(got - expected) <= atol + rtol * abs(expected):
         return None
-    return _Difference(
-        f"got {_number(got, 6)}, which is not right.",
-        None if got * expected > 0 or expected == 0 else "Look at the sign, and at zero.",
-    )
+    clue = None if got * expected > 0 or expected == 0 else "Look at the sign, and at zero."
+    if reveal:
+        return _Difference(f"{_pair(got, expected)}.", clue)
+    return _Difference(f"got {_number(got, 6)}, which is not right.", clue)
 
 
 def _tensor_difference(got: Any, expected: Tensor, rtol: float, atol: float) -> _Difference | None:
@@ -589,13 +597,15 @@ def agree(
     names: Sequence[str] = (),
     rtol: float = 1e-4,
     atol: float = 1e-5,
+    reveal: bool = True,
 ) -> None:
     """Count one comparison of two values, and fail with the likely cause where they differ.
 
-    Here a mistake's `gives` is the value that it leads to.
+    Here a mistake's `gives` is the value that it leads to. Without `reveal` the message says that
+    a number is wrong, not which one is right.
     """
     _count()
-    found = _difference(got, expected, rtol, atol, names)
+    found = _difference(got, expected, rtol, atol, names, reveal)
     if found is None:
         return
     for mistake in mistakes:
@@ -803,7 +813,7 @@ def same_value(
                 "Pass what the function returns: call it first.",
             )
         want = expected() if callable(expected) else expected
-        agree(answer, want, mistakes=mistakes, names=names, rtol=rtol, atol=atol)
+        agree(answer, want, mistakes=mistakes, names=names, rtol=rtol, atol=atol, reveal=False)
 
     return check
 
