@@ -69,6 +69,8 @@ CPU_SECONDS = 5.0  # of one call of an answer
 WALL_SECONDS = 60.0  # of one call of an answer that waits instead of computing
 WIDTH = 88  # characters in a printed line
 
+_LIBRARIES = {"torch", "numpy", "einops", "jaxtyping", "beartype"}  # their code is no answer's
+
 
 # --- What an exercise is -------------------------------------------------------------------------
 
@@ -269,7 +271,7 @@ def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     def watch(frame, event, arg):
         nonlocal opcodes
-        if frame.f_globals.get("__name__", "").startswith("torch"):
+        if frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
             return None
         if event == "opcode":
             opcodes += 1
@@ -339,15 +341,18 @@ def _explain(answer: Callable[..., Any], error: BaseException) -> NoReturn:
         )
         verdict.out_of_time = True
         raise verdict
+    fail(_what_it_raised(error, place))
+
+
+def _what_it_raised(error: BaseException, place: str = "") -> str:
     text = _shorten(_plain("" if isinstance(error, SystemExit) else str(error)), 300)
-    fail(f"It raised {type(error).__name__}{place}" + (f": {text}" if text else "."))
+    return f"It raised {type(error).__name__}{place}" + (f": {text}" if text else ".")
 
 
 def _is_learners(frame: Any) -> bool:
     name = frame.f_globals.get("__name__", "")
     root = name.partition(".")[0]
-    libraries = {"torch", "llm_anatomy", "einops", "jaxtyping", "beartype", "numpy"}
-    return root not in sys.stdlib_module_names and root not in libraries
+    return root not in sys.stdlib_module_names and root not in {*_LIBRARIES, "llm_anatomy"}
 
 
 def _plain(text: str) -> str:
@@ -402,10 +407,17 @@ def _dtype(tensor: Tensor) -> str:
 def _number(value: Any, digits: int = 4) -> str:
     if isinstance(value, bool):
         return str(value)
+    if _is_huge(value):
+        return "an integer of hundreds of digits"
     if isinstance(value, int):
         return f"{value}"
     value = float(value)
     return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
+
+
+def _is_huge(value: Any) -> bool:
+    """Whether it is an integer that no float can hold."""
+    return isinstance(value, int) and abs(value) > 2**1000
 
 
 def _pair(got: Any, expected: Any) -> str:
@@ -477,6 +489,8 @@ def _number_difference(
         return None if got is expected else _Difference(f"got {got}, which is not right.")
     if isinstance(got, bool) or not isinstance(got, int | float):
         return _Difference(f"It should be a number, and is {_describe(got)}.")
+    if _is_huge(got):
+        return _Difference(f"got {_number(got)}, which is not right.")
     if math.isnan(got):
         return _Difference("It is nan, not a number.")
     if abs(got - expected) <= atol + rtol * abs(expected):
@@ -656,8 +670,9 @@ def same_function(
         outcomes = []
         for row in rows:
             outcomes.append(_outcome(answer, row))
-            if getattr(outcomes[-1], "out_of_time", False):
-                _blame(_Difference(outcomes[-1].what, outcomes[-1].cause), None, row.label)
+            last = outcomes[-1]
+            if isinstance(last, _Verdict) and last.out_of_time:
+                _blame(_Difference(last.what, last.cause), None, row.label)
         wanted = [expected(*row.args, **row.kwargs) for row in rows]
         errors = [o for o in outcomes if isinstance(o, _Verdict)]
         if any(not e.done for e in errors):
@@ -688,14 +703,19 @@ def same_function(
     return check
 
 
-def _outcome(answer: Callable[..., Any], row: Case) -> Any:
-    """What an answer returns for a case; a verdict if it raises or changes its inputs."""
+def _outcome(answer: Callable[..., Any], row: Case, ours: bool = False) -> Any:
+    """What an answer returns for a case; a verdict if it raises or changes its inputs.
+
+    A function of ours, which shows what a mistake would give, needs no time limit.
+    """
     args = tuple(_copy(a) for a in row.args)
     kwargs = {key: _copy(value) for key, value in row.kwargs.items()}
     try:
-        result = call(answer, *args, **kwargs)
+        result = answer(*args, **kwargs) if ours else call(answer, *args, **kwargs)
     except _Verdict as verdict:
         return verdict
+    except Exception as error:  # only of ours: `call` turns those of an answer into a verdict
+        return _Verdict(_what_it_raised(error))
     before = [*row.args, *row.kwargs.values()]
     for i, (old, new) in enumerate(zip(before, [*args, *kwargs.values()], strict=True)):
         if isinstance(old, Tensor) and not _untouched(old, new):
@@ -736,7 +756,7 @@ def _comparable(got: Any, expected: Any) -> bool:
     if isinstance(expected, str | bool):
         return isinstance(got, type(expected))
     got = _as_scalar(got)
-    return isinstance(got, int | float) and not isinstance(got, bool)
+    return isinstance(got, int | float) and not isinstance(got, bool) and not _is_huge(got)
 
 
 def _untouched(old: Tensor, new: Tensor) -> bool:
@@ -771,7 +791,7 @@ def _recognise(
             if pairs and all(_comparable(g, w) and mistake.when(g, w) for g, w in pairs):
                 return mistake
             continue
-        made = [_outcome(mistake.gives, row) for row in rows]
+        made = [_outcome(mistake.gives, row, ours=True) for row in rows]
         if all(_alike(got, it, rtol, atol) for got, it in zip(outcomes, made, strict=True)):
             return mistake
     return None
