@@ -297,7 +297,7 @@ def test_a_solution_that_changes_its_inputs_fails(chapter, exercise, solved):
 
     result = chapter.grade(exercise.name, answer)
     if not callable(solved):
-        assert "A value is expected" in flat(result.message)
+        assert "is expected, and this is a function" in flat(result.message)
     elif changed:
         assert "in place" in flat(result.message)
     assert result.status == ("failed" if changed or not callable(solved) else "passed")

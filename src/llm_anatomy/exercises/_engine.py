@@ -555,7 +555,8 @@ def _shape_clue(got: Tensor, expected: Tensor, rtol: float, atol: float) -> str 
     if got.squeeze().shape == expected.squeeze().shape:
         return "Only the axes of size 1 differ: one is missing, or one too many."
     if got.ndim != expected.ndim:
-        return f"It has {got.ndim} axes where {expected.ndim} are expected."
+        axes = "1 axis" if got.ndim == 1 else f"{got.ndim} axes"
+        return f"It has {axes} where {expected.ndim} are expected."
     if sorted(got.shape) == sorted(expected.shape):
         return "These are the right sizes in another order: two axes are swapped."
     return None
@@ -888,7 +889,7 @@ class Chapter:
             self.by_name[exercise.name] = exercise
         self._passed: set[str] = set()
 
-    def grade(self, name: str, answer: Any = None) -> Result:
+    def grade(self, name: Any, answer: Any = None) -> Result:
         """Judge an answer and return what `check` would print."""
         exercise = self._find(name)
         if isinstance(exercise, str):
@@ -937,7 +938,7 @@ class Chapter:
         text = f"{exercise.name}: the checker {what}. That is a fault of the course, not yours."
         return Result("failed", _wrap(text), "checker fault", comparisons, fault=True)
 
-    def check(self, name: str, answer: Any = None) -> None:
+    def check(self, name: Any, answer: Any = None) -> None:
         """Say whether an answer is right, and if not, what differs and why.
 
         Prints one of: "right" and the point of the exercise, "not right yet" and the mistake, or
@@ -945,7 +946,7 @@ class Chapter:
         """
         print(self.grade(name, answer).message)
 
-    def hint(self, name: str, level: int = 1) -> None:
+    def hint(self, name: Any, level: Any = 1) -> None:
         """Print hint 1 (points the way) or 2 (leaves little to find)."""
         exercise = self._find(name)
         if isinstance(exercise, str):
@@ -955,7 +956,7 @@ class Chapter:
         else:
             print(f"{name}, hint {level} of 2\n{_wrap(exercise.hints[level - 1])}")
 
-    def solution(self, name: str) -> None:
+    def solution(self, name: Any) -> None:
         """Print a worked solution, and why it is one."""
         exercise = self._find(name)
         if isinstance(exercise, str):
