@@ -379,6 +379,12 @@ def cached_is_causal(q, k, v, past_k, past_v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True), k, v
 
 
+def cached_float_mask(q, k, v, past_k, past_v):
+    k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
+    mask = torch.ones(q.shape[2], k.shape[2]).tril(past_k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), k, v
+
+
 def cached_new_first(q, k, v, past_k, past_v):
     k, v = torch.cat((k, past_k), 2), torch.cat((v, past_v), 2)
     mask = causal_by_tril(q.shape[2], k.shape[2])
@@ -578,6 +584,7 @@ WRONG = {
         (lambda T, S: causal_by_tril(T, S)[0, 0], "leading axes"),
         (lambda T, S: causal_by_tril(T, S).squeeze(), "Only the axes of size 1 differ"),
         (additive_mask, "additive mask"),
+        (lambda T, S: causal_by_tril(T, T), "n_keys is not used"),
         (lambda T, S: causal_by_tril(T, S).float(), "only the type is not"),
     ],
     "padding_mask": [
@@ -684,6 +691,7 @@ WRONG = {
     "cached_step": [
         (cached_without_mask, "no mask among the new positions: a new query sees"),
         (cached_is_causal, "starts at the upper left"),
+        (cached_float_mask, "numbers 0 and 1"),
         (cached_new_first, "Positions stay in order"),
         (cached_ignores_past, "look at themselves only"),
         (cached_returns_new, "holds the new positions only"),

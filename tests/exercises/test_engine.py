@@ -96,6 +96,7 @@ def test_a_mistake_has_to_fit_every_case(demo):
     only_once = demo.grade("double", lambda x: x**2 if x.ndim == 2 else x**3)
     assert only_once.status == "failed"
     assert only_once.cause is None
+    assert "cause" not in only_once.message
 
 
 def test_a_test_of_got_and_expected_names_a_mistake_too(demo):
@@ -219,6 +220,7 @@ def test_a_predicted_number_is_not_given_away(demo):
     assert demo.grade("number", torch.tensor(64)).status == "passed"
     assert demo.grade("number", 64.01).status == "passed"
     assert demo.grade("number", 65).status == "failed"
+    assert "more digits" in demo.grade("number", 64.4).cause
 
 
 def test_options(demo):

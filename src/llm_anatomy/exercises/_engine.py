@@ -178,7 +178,7 @@ class Result:
 
     Args:
         message: the text that `check` prints.
-        cause: the likely cause, where one was recognised.
+        cause: the likely cause where a mistake was recognised, else a clue where there is one.
         comparisons: how many comparisons were made; a passed answer has at least one.
         fault: the checker itself went wrong, which is a defect of the course.
     """
@@ -193,9 +193,17 @@ class Result:
 class _Verdict(Exception):  # noqa: N818  not an error: the way out of a checker
     """Leaves a checker with what it found."""
 
-    def __init__(self, what: str, cause: str | None = None, hint: int = 1, done: bool = True):
+    def __init__(
+        self,
+        what: str,
+        cause: str | None = None,
+        hint: int = 1,
+        done: bool = True,
+        recognised: bool = True,
+    ) -> None:
         super().__init__(what)
         self.what, self.cause, self.hint, self.done = what, cause, hint, done
+        self.recognised = recognised  # the cause is a known mistake, not a guess from the numbers
         self.out_of_time = False
 
 
@@ -495,7 +503,11 @@ def _number_difference(
         return _Difference("It is nan, not a number.")
     if abs(got - expected) <= atol + rtol * abs(expected):
         return None
-    clue = None if got * expected > 0 or expected == 0 else "Look at the sign, and at zero."
+    clue = None
+    if got * expected <= 0 and expected != 0:
+        clue = "Look at the sign, and at zero."
+    elif abs(got - expected) <= 0.01 * abs(expected):
+        clue = "It is close, but not exact enough: give more digits, or look for a small term."
     if reveal:
         return _Difference(f"{_pair(got, expected)}.", clue)
     return _Difference(f"got {_number(got, 6)}, which is not right.", clue)
@@ -586,7 +598,7 @@ def _value_clue(got: Tensor, expected: Tensor, rtol: float, atol: float) -> str 
     large = expected.abs() > 1e-3
     if large.sum() > 1:
         ratio = (got[large] / expected[large]).median()
-        if _close(got, ratio * expected, rtol, atol):
+        if abs(ratio - 1) > 0.02 and _close(got, ratio * expected, rtol, atol):
             return f"Every entry is {_number(ratio)} times what is expected: look for a factor."
     shift = (got - expected).median()
     if got.numel() > 1 and _close(got, expected + shift, rtol, atol):
@@ -638,7 +650,7 @@ def _blame(found: _Difference, mistake: Mistake | None, label: str) -> NoReturn:
         not_done("It still behaves exactly like the code as it was given.")
     what = f"For {label}: {found.what}" if label else found.what
     if mistake is None:
-        fail(what, found.clue)
+        raise _Verdict(what, found.clue, recognised=False)
     fail(what, mistake.cause, mistake.hint)
 
 
@@ -930,7 +942,8 @@ class Chapter:
             return Result("not done", _wrap(text), comparisons=comparisons)
         text = f"{exercise.name}: not right yet.\n" + _paragraph("Found:", verdict.what)
         if verdict.cause:
-            text += _paragraph("Likely cause:", verdict.cause)
+            label = "Likely cause:" if verdict.recognised else "A clue:"
+            text += _paragraph(label, verdict.cause)
         text += _paragraph("Help:", help_line)
         return Result("failed", text.rstrip("\n"), verdict.cause, comparisons)
 

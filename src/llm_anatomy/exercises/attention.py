@@ -561,6 +561,11 @@ def causal_mask(n_queries: int, n_keys: int) -> Bool[Tensor, "1 1 T S"]:
                 lambda T, S: _triangle(T, S, S - T).mT.contiguous(),
             ),
             Mistake(
+                "There are as many columns as queries: n_keys is not used. Each query has one "
+                "column for every key, the cached ones included.",
+                lambda T, S: _triangle(T, T, 0),
+            ),
+            Mistake(
                 "The two leading axes of size 1, for batch and heads, are missing.",
                 lambda T, S: _triangle(T, S, S - T)[0, 0],
             ),
@@ -1592,6 +1597,20 @@ def cached_step(
                 "the cache. The queries are the last T positions.",
                 lambda *a: _cached(*a, shift=0),
                 hint=2,
+            ),
+            Mistake(
+                "The mask consists of the numbers 0 and 1, and torch adds a mask of numbers to the "
+                "scores: nothing is hidden. Make it boolean.",
+                lambda q, k, v, pk, pv: (
+                    F.scaled_dot_product_attention(
+                        q,
+                        torch.cat((pk, k), 2),
+                        torch.cat((pv, v), 2),
+                        attn_mask=_causal(q.shape[2], q.shape[2] + pk.shape[2]).to(q.dtype),
+                    ),
+                    torch.cat((pk, k), 2),
+                    torch.cat((pv, v), 2),
+                ),
             ),
             Mistake(
                 "New keys are put before the cached ones. Positions stay in order: the cache "
