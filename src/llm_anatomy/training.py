@@ -130,7 +130,9 @@ def train(
     losses = [] if path is None or not path.exists() else load_checkpoint(path, model, optimizer)
     model.train()
     steps: Iterable[int] = range(len(losses) + 1, n_steps + 1)
-    for step in tqdm(steps, desc=description, initial=len(losses), total=n_steps, leave=False):
+    # tqdm reads TQDM_DISABLE for its text bar only, not for the bar of a notebook.
+    bar = {"disable": os.environ.get("TQDM_DISABLE", "0") not in ("", "0"), "leave": False}
+    for step in tqdm(steps, desc=description, initial=len(losses), total=n_steps, **bar):
         loss = loss_of(model, batch_at(step))
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
