@@ -535,6 +535,7 @@ WRONG = {
         (lambda q, k: q @ k.mT / (q.size(1) * q.size(3)) ** 0.5, "whole model's width"),
         (lambda q, k: (k @ q.mT) / q.size(-1) ** 0.5, "Queries and keys have changed places"),
         (lambda q, k: torch.matmul(q, k) / math.sqrt(q.size(-1)), "keys are not transposed"),
+        (lambda q, k: q @ k.permute(3, 2, 1, 0) / q.size(-1) ** 0.5, "turns all four axes"),
     ],
     "softmax_rows": [
         (softmax_naive, "exp overflows"),

@@ -194,6 +194,11 @@ def scaled_scores(
                 lambda q, k: k @ q.mT / math.sqrt(q.shape[-1]),
             ),
             Mistake(
+                "`.T` turns all four axes of the keys round. Only the last two change places.",
+                lambda q, k: q @ k.permute(3, 2, 1, 0),
+                hint=2,
+            ),
+            Mistake(
                 "The keys are not transposed: a row of queries must meet a row of keys, so their "
                 "last two axes have to be swapped first.",
                 lambda q, k: q @ k,
