@@ -27,9 +27,10 @@ PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
 
 # Everything that a page is made from; a change to any of them makes the built book stale.
 BOOK_INPUTS = (
-    "_config.yml _toc.yml index.md references.bib package.json package-lock.json requirements.txt "
-    "pyproject.toml assets chapters reference src tools"
-).split()
+    *("_config.yml", "_toc.yml", "index.md", "references.bib", "pyproject.toml"),
+    *("requirements.txt", "package.json", "package-lock.json"),
+    *("assets", "chapters", "reference", "src", "tools"),
+)
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded, so nothing depends on a hub
@@ -42,7 +43,7 @@ ENVIRONMENT = {
 }
 
 
-class Failed(Exception):
+class StepError(Exception):
     """A step went wrong; the message has been printed."""
 
 
@@ -58,14 +59,14 @@ class Steps:
         self.red: list[str] = []
 
     def run(self, title: str, work: Callable[[], str]) -> bool:
-        """Do one step; `work` returns a remark for the line, or raises Failed."""
+        """Do one step; `work` returns a remark for the line, or raises StepError."""
         self.done += 1
         head = f"[{self.done}/{self.total}] {title} ..."
         start = time.monotonic()
         ticker = _Ticker(head)
         try:
             remark = work()
-        except Failed as error:
+        except StepError as error:
             ticker.stop(f"FAILED after {time.monotonic() - start:.0f} s")
             print(error, flush=True)
             self.red.append(title)
@@ -115,12 +116,12 @@ def call(name: str, command: Iterable[str | Path], *, tail: int = 60, **extra: s
                 command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT
             ).returncode
         except FileNotFoundError as error:
-            raise Failed(f"  the program {command[0]!r} was not found") from error
+            raise StepError(f"  the program {command[0]!r} was not found") from error
     output = log.read_text(encoding="utf-8", errors="replace")
     if code:
         shown = "\n".join("  | " + line for line in output.rstrip().splitlines()[-tail:])
         where = f"  exit status {code} of: {' '.join(command)}\n  whole log: {log}"
-        raise Failed(f"{shown}\n{where}")
+        raise StepError(f"{shown}\n{where}")
     return output
 
 
@@ -145,10 +146,10 @@ def environment() -> str:
     if not PYTHON.exists():
         try:
             call("venv", [sys.executable, "-m", "venv", VENV])
-        except Failed as error:
+        except StepError as error:
             shutil.rmtree(VENV, ignore_errors=True)
             advice = "  Python could not make a virtual environment. On Debian and Ubuntu: "
-            raise Failed(f"{error}\n{advice}apt-get install python3-venv") from error
+            raise StepError(f"{error}\n{advice}apt-get install python3-venv") from error
     stamp.unlink(missing_ok=True)
     call("install", [PYTHON, "-m", "pip", "install", "-r", "requirements.txt", "-e", "."])
     # The first import of matplotlib lists the fonts and says so on stderr: not in a notebook.
@@ -178,7 +179,7 @@ def build() -> str:
     jupyter_book = PYTHON.with_name("jupyter-book" + (".exe" if WINDOWS else ""))
     call("book", [jupyter_book, "build", ".", "-W", "--keep-going"])
     if not page.exists():
-        raise Failed(f"  the build ended without an error but made no {page}")
+        raise StepError(f"  the build ended without an error but made no {page}")
     stamp.write_text(wanted)
     return f"{sum(1 for _ in HTML.rglob('*.html'))} pages"
 
@@ -193,14 +194,14 @@ def run_pytest(steps: Steps, name: str, arguments: list[str]) -> Callable[[], st
         command = [PYTHON, "-m", "pytest", "-q", "--color=no", f"--junitxml={report}", *arguments]
         try:
             call(name, command, tail=120)
-        except Failed:
+        except StepError:
             if not tally(steps, report)[1]:  # it died before any test could fail
                 steps.count(0, 1)
             raise
         passed, _, skipped = tally(steps, report)
         if not passed:
             steps.count(0, 1)
-            raise Failed("  no test ran")
+            raise StepError("  no test ran")
         return f"{passed} passed" + (f", {skipped} skipped" if skipped else "")
 
     return work
@@ -227,7 +228,7 @@ def lint(steps: Steps, *arguments: str) -> Callable[[], str]:
     def work() -> str:
         try:
             call("ruff-" + arguments[0], [PYTHON, "-m", "ruff", *arguments])
-        except Failed:
+        except StepError:
             steps.count(0, 1)
             raise
         steps.count(1, 0)
@@ -241,7 +242,7 @@ def chromium() -> str:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     if any(shutil.which(name) for name in names) or os.environ.get("CHROMIUM"):
         return ""
-    raise Failed(
+    raise StepError(
         "  The browser tests need Chromium and found none. On Debian and Ubuntu:\n"
         "      apt-get install chromium\n"
         "  elsewhere install Chromium or Chrome, or set CHROMIUM=/path/to/it. Then run this again."

@@ -74,7 +74,11 @@ def frames(
 
 
 def grid_of_frames(
-    page: Callable[..., str], controls: Mapping[str, Sequence[object]], *, about: str
+    page: Callable[..., str],
+    controls: Mapping[str, Sequence[object]],
+    *,
+    about: str,
+    start: Mapping[str, object] | None = None,
 ) -> Figure:
     """Show one page of HTML for each combination of several controls.
 
@@ -82,30 +86,40 @@ def grid_of_frames(
         page: called once with every combination of options, in the order of `controls`.
         controls: label to options. All pages are stored: mind the product of the numbers.
         about: what the figure shows.
+        start: label to the option chosen at first; the first option where it says nothing.
 
     Raises:
-        ValueError: a control without options, or with the same option twice.
+        ValueError: a control without options, with the same option twice, or a start that is none.
     """
-    knobs = [control(label, options) for label, options in controls.items()]
+    start = {} if start is None else start
+    knobs = [control(label, options, start.get(label)) for label, options in controls.items()]
     return Figure([row(knobs), nested(page, knobs, list(controls.values()))], about)
 
 
-def control(label: str, options: Sequence[object]) -> widgets.Widget:
+def control(label: str, options: Sequence[object], start: object = None) -> widgets.Widget:
     """Make a slider (for numbers) or a drop-down list (for words); its `index` is the choice.
 
+    Args:
+        label: what it chooses.
+        options: all numbers, or words.
+        start: the option chosen at first, the first one unless given.
+
     Raises:
-        ValueError: no options, or the same one twice.
+        ValueError: no options, the same one twice, or a start that is not among them.
     """
     names = [str(option) for option in options]
     if not names:
         raise ValueError(f"control {label!r} has no options to choose from")
     if len(set(names)) < len(names):
         raise ValueError(f"the options of control {label!r} must differ, got {names}")
+    chosen = names[0] if start is None else str(start)
+    if chosen not in names:
+        raise ValueError(f"control {label!r} cannot start at {chosen!r}: the options are {names}")
     numbers = len(names) > 2 and all(isinstance(option, Real) for option in options)
     kind = widgets.SelectionSlider if numbers else widgets.Dropdown
     return kind(
         options=names,
-        value=names[0],
+        value=chosen,
         description=label,
         layout=widgets.Layout(
             width="24rem" if numbers else "auto",
@@ -175,7 +189,8 @@ def row_picker(label: str, names: Sequence[str]) -> list[widgets.Widget]:
         The control and the mark, to be followed by the matrices. Rows are those that
         `matrix_html` and `bars_html` number; the figure needs `rows` of at least their number.
     """
-    knob = control(label, [f"{i} {name}" for i, name in enumerate(names)])
+    options = [f"{i} {name}" for i, name in enumerate(names)]
+    knob = control(label, options, options[-1])  # under a causal mask the first row is no choice
     panel = panels()
     mark = switch(knob, [panel(f"<i class=la-q{i}></i>") for i in range(len(names))])
     mark.add_class("la-mark")

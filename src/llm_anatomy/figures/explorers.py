@@ -151,7 +151,7 @@ def softmax_temperature(
     """
     logits = check_finite(logits, "logits")
     tokens = check_tokens(tokens, len(logits), "tokens")
-    if min(temperatures, default=1.0) <= 0:
+    if not temperatures or min(temperatures) <= 0:
         raise ValueError(f"temperatures must be above 0, got {list(temperatures)}")
 
     def page(temperature: float) -> str:
@@ -163,7 +163,8 @@ def softmax_temperature(
         )
         return bars_html(p.tolist(), tokens, title)
 
-    return grid_of_frames(page, {"temperature": list(temperatures)}, about=about)
+    start = {"temperature": min(temperatures, key=lambda t: abs(t - 1))}
+    return grid_of_frames(page, {"temperature": list(temperatures)}, about=about, start=start)
 
 
 def mask_gallery(
@@ -271,14 +272,15 @@ def position_similarity(
             )
     if positions is None:
         positions = sorted({round(n * (T - 1) / 8) for n in range(9)})
-    if not all(0 <= position < T for position in positions):
+    if not positions or not all(0 <= position < T for position in positions):
         raise ValueError(f"positions must lie between 0 and {T - 1}, got {list(positions)}")
 
     def page(name: str, position: int) -> str:
         return _curve_html(curves[name], name, position)
 
     controls = {"scheme": list(curves), "query position": list(positions)}
-    return grid_of_frames(page, controls, about=about)
+    middle = {"query position": positions[len(positions) // 2]}
+    return grid_of_frames(page, controls, about=about, start=middle)
 
 
 def masked_weights(scores: Float[Tensor, "T S"], mask: Bool[Tensor, "T S"]) -> Float[Tensor, "T S"]:
