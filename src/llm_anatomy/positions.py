@@ -43,8 +43,8 @@ def sinusoidal(
 class LearnedPositions(nn.Module):
     """One trained vector per position, up to a fixed length.
 
-    Gehring et al., 2017 (arXiv:1705.03122), section 3.1; BERT and GPT-2 have these. There is no vector for a position never trained on, so the length is
-    a hard limit.
+    Gehring et al., 2017 (arXiv:1705.03122), section 3.1; BERT and GPT-2 have these. There is no
+    vector for a position never trained on, so the length is a hard limit.
     """
 
     def __init__(self, n_positions: int, d_model: int) -> None:
