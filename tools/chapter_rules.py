@@ -207,8 +207,9 @@ def private(notebook: nbformat.NotebookNode) -> Iterator[str]:
 
 def form(notebook: nbformat.NotebookNode, name: str, raw: str | None) -> Iterator[str]:
     """The file is what `make notebooks` writes, begins with its one title, and is not too long."""
-    if len(notebook.cells) > MAX_CELLS:
-        yield f"it has {len(notebook.cells)} cells, more than {MAX_CELLS}: split it"
+    count = len(notebook.cells) - exercise_cells(notebook)
+    if count > MAX_CELLS:
+        yield f"it has {count} cells apart from exercises, more than {MAX_CELLS}: split it"
     titles = [line for cell in notebook.cells for line in headings(cell)]
     first = notebook.cells[0] if notebook.cells else None
     if first is None or first.cell_type != "markdown" or len(headings(first)) != 1:
@@ -221,6 +222,19 @@ def form(notebook: nbformat.NotebookNode, name: str, raw: str | None) -> Iterato
         yield "its metadata are stale; run make notebooks"
     elif raw is not None and raw != nbformat.writes(tidy) + "\n":
         yield "the file is not laid out as make notebooks writes it"
+
+
+def exercise_cells(notebook: nbformat.NotebookNode) -> int:
+    """How many cells are there for an exercise: its statement, its stub, its help."""
+    count, after_statement = 0, False
+    for cell in notebook.cells:
+        names = set()
+        if cell.cell_type == "markdown":
+            names = {found["name"] for found in DIRECTIVE.finditer(cell.source + "\n")}
+        is_stub = after_statement and cell.cell_type == "code"
+        count += is_stub or bool(names & {"exercise", "exercise-help"})
+        after_statement = "exercise" in names
+    return count
 
 
 def headings(cell: nbformat.NotebookNode) -> list[str]:
