@@ -153,8 +153,13 @@ class Book:
 
     def page_address(self, page: str) -> str:
         """Where a page stands in the published book."""
-        owner, name = repository(self.root).split("/")[-2:]
-        return f"https://{owner.lower()}.github.io/{name}/{page}.html"
+        return f"{self.pages(self.root)}{page}.html"
+
+    @staticmethod
+    def pages(root: Path) -> str:
+        """Where the published book begins."""
+        owner, name = repository(root).split("/")[-2:]
+        return f"https://{owner.lower()}.github.io/{name}/"
 
     def address(self, page: str) -> str:
         """Where a link from an export leads: chapters open in Colab, other pages in the book."""
