@@ -71,9 +71,7 @@ def derived(root: Path) -> dict[Path, str]:
     readme = path.read_text(encoding="utf-8")
     if not BLOCK.search(readme):
         raise RepositoryError("README.md has no place for the addresses")
-    readme = BLOCK.sub(
-        lambda found: found["start"] + "\n".join(lines) + "\n" + found["end"], readme
-    )
+    readme = BLOCK.sub(lambda found: f"{found['start']}{line}\n{found['end']}", readme)
     readme = replaced(readme, r'(llm-anatomy\[figures\] @ git\+)[^"]*', rf"\g<1>{url}", path)
     path = root / "CITATION.cff"
     citation = path.read_text(encoding="utf-8")
