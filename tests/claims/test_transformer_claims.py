@@ -152,7 +152,12 @@ def test_no_recurrence_and_no_convolution() -> None:
     """C061, C182: the modules of a Transformer are linear maps, norms, embeddings, activations."""
     recurrent = (nn.RNNBase, nn.RNNCellBase)
     convolution = nn.modules.conv._ConvNd
-    for model in (nn.Transformer(16, 2, 1, 1, 32), tiny.bert(), tiny.gpt2(), tiny.t5()):
+    for model in (
+        nn.Transformer(16, 2, 1, 1, 32, batch_first=True),
+        tiny.bert(),
+        tiny.gpt2(),
+        tiny.t5(),
+    ):
         kinds = [type(module) for module in model.modules()]
         assert not [kind for kind in kinds if issubclass(kind, (*recurrent, convolution))]
     # GPT-2's "Conv1D" is a linear map by another name.
@@ -373,7 +378,7 @@ def test_decoder_layer_has_three_sublayers_encoder_layer_two() -> None:
 def test_layers_are_alike_in_shape_and_not_in_weights() -> None:
     """C187: the stack repeats a structure (six and six in the base model), not its parameters."""
     with torch.device("meta"):
-        base = nn.Transformer()
+        base = nn.Transformer(batch_first=True)
     assert len(base.encoder.layers) == len(base.decoder.layers) == 6
     assert base.d_model == 512 and base.nhead == 8
     for stack in (
