@@ -32,6 +32,11 @@ BOOK_INPUTS = (
     *("assets", "chapters", "reference", "src", "tools"),
 )
 
+# Without -W a book with broken pages is built with exit status 0.
+BOOK_BUILD = ["build", ".", "-W", "--keep-going"]
+# Strict, always: --nbval-lax passes whatever a cell prints.
+NBVAL = ["--nbval", "--nbval-cell-timeout=120", "chapters"]
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded, so nothing depends on a hub
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -177,7 +182,7 @@ def build() -> str:
     for folder in (HTML, BUILD / ".doctrees", BUILD / ".jupyter_cache"):
         shutil.rmtree(folder, ignore_errors=True)
     jupyter_book = PYTHON.with_name("jupyter-book" + (".exe" if WINDOWS else ""))
-    call("book", [jupyter_book, "build", ".", "-W", "--keep-going"])
+    call("book", [jupyter_book, *BOOK_BUILD])
     if not page.exists():
         raise StepError(f"  the build ended without an error but made no {page}")
     stamp.write_text(wanted)
@@ -288,10 +293,6 @@ def command_test() -> None:
     steps.run("unit, parity, exercise and book tests", run_pytest(steps, "tests", selection))
     steps.run("every notebook against its outputs", run_pytest(steps, "notebooks", NBVAL))
     finish(steps)
-
-
-# Strict, always: --nbval-lax passes whatever a cell prints.
-NBVAL = ["--nbval", "--nbval-cell-timeout=120", "chapters"]
 
 
 def command_fast() -> None:

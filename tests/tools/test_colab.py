@@ -270,6 +270,18 @@ def test_every_first_cell_is_the_same_and_names_no_torch():
 
 
 @pytest.mark.book
+def test_the_button_of_each_chapter_opens_its_export():
+    head = colab.colab_address(ROOT, "chapters/x").removesuffix("colab/x.ipynb")
+    pages = sorted((ROOT / "_build/html/chapters").glob("*.html"))
+    assert pages, "no chapter was built"
+    for page in pages:
+        links = set(re.findall(rf'href="{re.escape(head)}([^"]+)"', page.read_text("utf-8")))
+        assert f"colab/{page.stem}.ipynb" in links, f"{page.name} has no Colab button"
+        dead = [name for name in sorted(links) if not (ROOT / name).is_file()]
+        assert not dead, f"{page.name} links to {dead}"
+
+
+@pytest.mark.book
 def test_links_to_terms_lead_somewhere():
     glossary = (ROOT / "_build/html/reference/glossary.html").read_text(encoding="utf-8")
     known = set(re.findall(r'id="(term-[^"]+)"', glossary))
@@ -351,7 +363,7 @@ def test_an_export_runs_outside_the_repository(service: Path, tmp_path: Path):
     subprocess.run(["git", "clone", "-q", "--no-local", ROOT, clone], check=True)
     branch = ["git", "-C", str(clone), "rev-parse", "HEAD"]
     commit = subprocess.run(branch, check=True, capture_output=True, text=True).stdout.strip()
-    address = f"git+{colab.repository(ROOT)}@{colab.BRANCH}"
+    address = f"llm-anatomy @ git+{colab.repository(ROOT)}@{colab.BRANCH}"
     assert address in notebook.cells[0].source
     local = f"git+{clone.as_uri()}@{commit}"
     notebook.cells[0].source = notebook.cells[0].source.replace(address, local)
