@@ -6,7 +6,7 @@ loads a checkpoint, reading them the other way writes one. Files are safetensors
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,12 @@ def read_weights(folder: str | Path) -> State:
         raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}")
     try:
         shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        shards = sorted({folder / shard for shard in shard_of.values()})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of shards: {error!r}") from error
     state: State = {}
-    for shard in sorted(set(shard_of.values())):
-        state.update(_load(folder / shard))
+    for shard in shards:
+        state.update(_load(shard))
     absent = sorted(set(shard_of) - set(state))
     if absent:
         raise ValueError(f"the shards lack tensors that {index.name} lists: {_list(absent)}")
@@ -182,6 +183,23 @@ def _load(path: Path) -> State:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+
+
+def check_fields(config: Any) -> None:
+    """Check that the fields of a config, a dataclass, hold what their annotations say.
+
+    Raises:
+        ValueError: a value has another type (an integer is a float, but a bool is no integer), or
+            is a negative number.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        kinds = f.type | int if f.type is float else f.type
+        if not isinstance(value, kinds) or (isinstance(value, bool) and f.type is not bool):
+            name = getattr(f.type, "__name__", f.type)
+            raise ValueError(f"{f.name} must be of type {name}, got {value!r}")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{f.name} must not be negative, got {value}")
 
 
 class Pretrained(nn.Module):
@@ -247,7 +265,11 @@ class Pretrained(nn.Module):
             FileNotFoundError: the config or the weights are not there.
             ValueError: a file is corrupt, or names, shapes or the architecture do not fit.
         """
-        config = cls.config_from_hf(read_config(folder, cls.model_type))
+        path = Path(folder) / "config.json"
+        try:
+            config = cls.config_from_hf(read_config(folder, cls.model_type))
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error}") from error
         return cls(config).load_hf(read_weights(folder)).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -20,7 +20,9 @@ from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.feedforward import Activation, FeedForward
 from llm_anatomy.positions import sinusoidal
-from llm_anatomy.weights import Pretrained, Rename, Rule
+from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
+
+ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "silu": F.silu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,12 @@ class TransformerConfig:
 
     `scaled_embedding` multiplies embeddings by the square root of d_model (section 3.4).
     `interleaved` is the layout of the sinusoids; `activation` is "relu", or "silu" as in most
-    OPUS-MT checkpoints.
+    OPUS-MT checkpoints. Reading the token `pad_id` does not train its vector, as in Marian, which
+    also starts its decoder with this token.
+
+    Raises:
+        ValueError: a field has another type than it states or is negative, the activation is
+            unknown, or `pad_id` lies outside the vocabulary.
     """
 
     vocab_size: int = 37_000
@@ -43,6 +50,16 @@ class TransformerConfig:
     activation: str = "relu"
     scaled_embedding: bool = True
     interleaved: bool = True
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}"
+            )
+        if self.pad_id is not None and self.pad_id >= self.vocab_size:
+            raise ValueError(f"pad_id ({self.pad_id}) must be below vocab_size ({self.vocab_size})")
 
     def attention(self) -> MultiHeadAttention:
         return MultiHeadAttention(self.d_model, self.n_heads)
@@ -50,8 +67,6 @@ class TransformerConfig:
     def feed_forward(self) -> FeedForward:
         return FeedForward(self.d_model, self.d_ff, ACTIVATIONS[self.activation])
 
-
-ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "silu": F.silu}
 
 TRANSFORMER_BASE = TransformerConfig()
 TRANSFORMER_BIG = TransformerConfig(n_heads=16, d_model=1024, d_ff=4096, dropout=0.3)
@@ -142,7 +157,7 @@ class Transformer(Pretrained):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model, config.pad_id)
         table = sinusoidal(config.n_positions, config.d_model, interleaved=config.interleaved)
         self.register_buffer("positions", table, persistent=False)
         self.encoder = nn.ModuleList(self.encoder_block() for _ in range(config.n_encoder_layers))
@@ -247,9 +262,7 @@ class Transformer(Pretrained):
                 raise ValueError(f"encoder and decoder must have the same {theirs}")
         if hf.get("decoder_vocab_size", hf["vocab_size"]) != hf["vocab_size"]:
             raise ValueError("source and target must share one vocabulary")
-        names = {"relu": "relu", "swish": "silu", "silu": "silu"}
-        if hf["activation_function"] not in names:
-            raise ValueError(f"unknown activation {hf['activation_function']!r}")
+        activation = hf["activation_function"]
         return TransformerConfig(
             vocab_size=hf["vocab_size"],
             n_encoder_layers=hf["encoder_layers"],
@@ -259,15 +272,18 @@ class Transformer(Pretrained):
             d_ff=hf["encoder_ffn_dim"],
             n_positions=hf["max_position_embeddings"],
             dropout=hf["dropout"],
-            activation=names[hf["activation_function"]],
+            activation="silu" if activation == "swish" else activation,
             scaled_embedding=hf["scale_embedding"],
             interleaved=False,
+            pad_id=hf["pad_token_id"],
         )
 
     @staticmethod
     def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         if config.interleaved:
             raise ValueError("Marian's checkpoints need sinusoids with interleaved=False")
+        if config.pad_id is None:
+            raise ValueError("Marian's checkpoints need a pad_id, by custom the last token id")
         return {
             "architectures": ["MarianMTModel"],
             "vocab_size": config.vocab_size,
@@ -285,8 +301,8 @@ class Transformer(Pretrained):
             "scale_embedding": config.scaled_embedding,
             "share_encoder_decoder_embeddings": True,
             "tie_word_embeddings": True,
-            "pad_token_id": config.vocab_size - 1,  # Marian's own convention
-            "decoder_start_token_id": config.vocab_size - 1,
+            "pad_token_id": config.pad_id,
+            "decoder_start_token_id": config.pad_id,
             "eos_token_id": 0,
             "forced_eos_token_id": 0,
         }
