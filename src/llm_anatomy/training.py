@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ def cosine_with_warmup(
         ValueError: `step` lies outside 1 to `n_steps`, or the warm-up takes all of it.
     """
     if not 1 <= step <= n_steps or not 0 <= warmup < n_steps:
-        raise ValueError(f"need 1 <= step <= n_steps and warmup < n_steps, got {step}, {n_steps}")
+        raise ValueError(
+            f"need 1 <= step <= n_steps and 0 <= warmup < n_steps, "
+            f"got step {step}, n_steps {n_steps}, warmup {warmup}"
+        )
     if step <= warmup:
         return peak * step / warmup
     progress = (step - warmup) / (n_steps - warmup)
@@ -104,7 +107,7 @@ def train(
     """Train `model` in place, and resume where an earlier run in the same folder stopped.
 
     Args:
-        model: put into training mode, and left in evaluation mode.
+        model: put into training mode, and left in evaluation mode, also where the run breaks off.
         loss_of: loss of a model on a batch, in nats.
         batch_at: batch of a step, counted from 1. The same step must give the same batch, which is
             what makes a resumed run equal to one that was never interrupted.
@@ -120,33 +123,40 @@ def train(
         The loss of every step, those of an earlier run included.
 
     Raises:
-        FloatingPointError: the loss is not finite. The model keeps the state before that step.
-        ValueError: the checkpoint is corrupt or belongs to another model.
+        FloatingPointError: the loss or its gradient is not finite. The model keeps the state before
+            that step, and so does the checkpoint.
+        ValueError: the checkpoint is corrupt, belongs to another model, or has taken more steps.
     """
     if optimizer is None:
         groups = parameter_groups(model, weight_decay=0.0)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9)
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
-    losses = [] if path is None or not path.exists() else load_checkpoint(path, model, optimizer)
-    model.train()
+    losses = []
+    if path is not None and path.exists():
+        losses = load_checkpoint(path, model, optimizer, n_steps)
     steps: Iterable[int] = range(len(losses) + 1, n_steps + 1)
     # tqdm reads TQDM_DISABLE for its text bar only, not for the bar of a notebook.
     bar = {"disable": os.environ.get("TQDM_DISABLE", "0") not in ("", "0"), "leave": False}
-    for step in tqdm(steps, desc=description, initial=len(losses), total=n_steps, **bar):
-        loss = loss_of(model, batch_at(step))
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step)
-        optimizer.step()
-        losses.append(loss.item())
-        if path is not None and (step == n_steps or (save_every and step % save_every == 0)):
-            save_checkpoint(path, model, optimizer, losses)
-    model.eval()
+    longest = math.inf if clip_norm is None else clip_norm
+    model.train()
+    try:
+        for step in tqdm(steps, desc=description, initial=len(losses), total=n_steps, **bar):
+            loss = loss_of(model, batch_at(step))
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), longest)
+            if not norm.isfinite():
+                raise FloatingPointError(f"the gradient has norm {norm.item()} at step {step}")
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step)
+            optimizer.step()
+            losses.append(loss.item())
+            if path is not None and (step == n_steps or (save_every and step % save_every == 0)):
+                save_checkpoint(path, model, optimizer, losses)
+    finally:
+        model.eval()
     return losses
 
 
@@ -159,10 +169,13 @@ def save_checkpoint(
     """
     path = Path(path)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(t) for name, t in state.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     tensors["random"] = torch.get_rng_state()
+    if (device := _cuda_of(model)) is not None:
+        tensors["random_cuda"] = torch.cuda.get_rng_state(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, partial)
@@ -170,28 +183,52 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    n_steps: int | None = None,
 ) -> list[float]:
     """Restore what `save_checkpoint` wrote, and return the losses so far.
 
     Raises:
-        ValueError: the file is corrupt, or its weights are not those of this model. Nothing is
-            changed then.
+        ValueError: the file is corrupt, its weights are not those of this model, its optimiser
+            trained others, or it holds more than `n_steps` steps. Nothing is changed then.
     """
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+    if not {"losses", "random"} <= tensors.keys():
+        raise ValueError(f"{path} is no checkpoint of a training run: losses or random are missing")
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    wanted = model.state_dict()
-    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in wanted.items()}:
-        raise ValueError(f"{path} belongs to another model: names or shapes differ")
+    if _kinds(weights) != _kinds(model.state_dict()):
+        raise ValueError(f"{path} belongs to another model: names, shapes or types differ")
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    index_of = {name_of[p]: i for i, p in enumerate(trained) if p in name_of}
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".", 2)
-            state.setdefault(int(i), {})[key] = tensor
+    for full_name, tensor in tensors.items():
+        if full_name.startswith("optimizer."):
+            name, key = full_name.removeprefix("optimizer.").rsplit(".", 1)
+            if name not in index_of:
+                raise ValueError(f"{path} trained {name}, which this optimizer does not")
+            state.setdefault(index_of[name], {})[key] = tensor
+    losses = tensors["losses"].tolist()
+    if n_steps is not None and len(losses) > n_steps:
+        raise ValueError(f"{path} has taken {len(losses)} steps, more than the {n_steps} wanted")
     model.load_state_dict(weights)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     torch.set_rng_state(tensors["random"])
-    return tensors["losses"].tolist()
+    device = _cuda_of(model)
+    if device is not None and "random_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random_cuda"], device)
+    return losses
+
+
+def _kinds(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (t.shape, t.dtype) for name, t in state.items()}
+
+
+def _cuda_of(model: nn.Module) -> torch.device | None:
+    """The GPU that a model is on, which has a random state of its own."""
+    return next((p.device for p in model.parameters() if p.is_cuda), None)
