@@ -7,10 +7,24 @@
     if (element && !element.getAttribute("aria-label")) element.setAttribute("aria-label", text);
   }
 
+  function hideIcons(button) {
+    button.querySelectorAll("i, svg").forEach(function (icon) {
+      icon.removeAttribute("title");
+      icon.removeAttribute("aria-labelledby");
+      icon.setAttribute("aria-hidden", "true");
+      icon.querySelectorAll("title").forEach(function (title) { title.remove(); });
+    });
+  }
+
   function theme() {
     document.querySelectorAll(".bd-sidebar-primary").forEach(function (sidebar) {
       sidebar.setAttribute("role", "region");
       name(sidebar, "Book");
+    });
+    // The icon of the present colour mode is a picture of the button's name, not a second name.
+    document.querySelectorAll(".theme-switch-button").forEach(function (button) {
+      hideIcons(button);
+      new MutationObserver(function () { hideIcons(button); }).observe(button, { childList: true });
     });
     // A name that does not hold the visible text cannot be spoken to a voice control.
     document.querySelectorAll("button[aria-label], a[aria-label]").forEach(function (button) {

@@ -6,6 +6,7 @@
 - An interactive figure shows its first frame until its script has started, and without JavaScript.
 - The search index finds Chinese words, and a reader program hears that they are Chinese.
 - The icon script of the theme is cut down to the icons that occur on the pages.
+- What the theme and docutils leave to be desired in roles and headers is put right.
 """
 
 import html
@@ -22,6 +23,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import ConfigError
 from sphinx.search.en import SearchEnglish
+from sphinx.writers.html5 import HTML5Translator
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -69,8 +71,11 @@ def configure(app: Sphinx, config: Config) -> None:
         "use_repository_button": True,
         "use_issues_button": True,
         "extra_footer": f"<p>{html.escape(tested_with(root))}</p>",
+        "navbar_persistent": [],  # the sidebar holds the search already
     }
     config.html_theme_options = options
+    config.html_favicon = "assets/icon.svg"  # without one, each browser asks for a file in vain
+    config.html_context["default_mode"] = "auto"  # light or dark as the reader's system is
     if os.environ.get("BOOK_HIDE_SOLUTIONS", "0") not in ("", "0"):
         config.hide_solutions = True
 
@@ -87,6 +92,19 @@ def add_colab_button(app: Sphinx, page: str, template: str, context: dict, doctr
             "label": "colab",
         }
         context["header_buttons"].insert(0, button)
+
+
+def leave_thebe_out(app: Sphinx, config: Config) -> None:
+    """Keep the "run it here" of jupyter-book off the pages.
+
+    It would run a kernel on another host, and its scripts come twice: a script error on each page.
+    """
+    for listeners in app.events.listeners.values():
+        listeners[:] = [
+            one for one in listeners if getattr(one.handler, "__module__", "") != "sphinx_thebe"
+        ]
+    files = app.registry.css_files
+    files[:] = [file for file in files if file[0] != "sphinx-thebe.css"]
 
 
 # Interactive figures: the first frame, as plain HTML
@@ -180,6 +198,23 @@ def mark_chinese(app: Sphinx, doctree: nodes.document, page: str) -> None:
         text.parent.replace(text, [part for part in parts if part.astext()])
 
 
+# Roles and headers
+
+
+def visit_entry(translator: HTML5Translator, node: nodes.entry) -> None:
+    """Write a cell of a table; an empty corner is no header, for it names nothing."""
+    HTML5Translator.visit_entry(translator, node)
+    if not node.astext().strip() and translator.body[-1].startswith("<th"):
+        translator.body[-1] = "<td" + translator.body[-1].removeprefix("<th")
+        translator.context[-1] = translator.context[-1].replace("</th>", "</td>")
+
+
+def visit_citation(translator: HTML5Translator, node: nodes.citation) -> None:
+    """Write an entry of the bibliography; docutils gives it a role that ARIA has withdrawn."""
+    HTML5Translator.visit_citation(translator, node)
+    translator.body[-1] = translator.body[-1].replace("doc-biblioentry", "listitem")
+
+
 # Icons
 
 
@@ -217,7 +252,12 @@ def cut_icons(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict:
     """Connect everything above."""
     app.add_search_language(EnglishWithChinese)
+    app.add_node(nodes.entry, override=True, html=(visit_entry, HTML5Translator.depart_entry))
+    app.add_node(
+        nodes.citation, override=True, html=(visit_citation, HTML5Translator.depart_citation)
+    )
     app.connect("config-inited", configure, priority=100)
+    app.connect("config-inited", leave_thebe_out, priority=100)
     app.connect("doctree-read", add_first_frames)
     app.connect("doctree-resolved", mark_chinese)
     app.connect("html-page-context", add_colab_button, priority=900)
