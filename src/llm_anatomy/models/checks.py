@@ -1,0 +1,49 @@
+"""What every model refuses, with a message that says what came and what was expected."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+
+def check_tokens(tokens: Int[Tensor, "B T"], vocab_size: int, name: str = "the prompt") -> None:
+    """Check that there is something to read, and that the vocabulary has it.
+
+    Raises:
+        ValueError: there is no token, or a token id lies outside the vocabulary.
+    """
+    if tokens.numel() == 0:
+        raise ValueError(f"{name} is empty: it has shape {tuple(tokens.shape)}")
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token ids must lie between 0 and {vocab_size - 1}; got {low} to {high} in {name}"
+        )
+
+
+def check_context(needed: int, n_positions: int) -> None:
+    """Check that the model has a vector for every position.
+
+    Raises:
+        ValueError: more positions are needed than the model has.
+    """
+    if needed > n_positions:
+        raise ValueError(f"{needed} positions are needed, but the model has {n_positions}")
+
+
+def check_options(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Check that config.json sets no option that would make the model another one.
+
+    Args:
+        hf: contents of config.json.
+        supported: the values that an option may have. The first is what its absence means.
+
+    Raises:
+        ValueError: an option has another value.
+    """
+    for name, values in supported.items():
+        found = hf.get(name, values[0])
+        if found not in values:
+            known = " or ".join(repr(value) for value in values)
+            raise ValueError(f"config.json sets {name} to {found!r}; this model supports {known}")

@@ -1,0 +1,118 @@
+"""What it means that a model of ours equals its transformers class, for the tests of all models."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from llm_anatomy.weights import Pretrained, to_hf
+
+logging.disable_progress_bar()
+
+TOLERANCE = {torch.float32: {}, torch.float64: {"atol": 1e-9, "rtol": 1e-9}}
+
+dtypes = st.sampled_from(list(TOLERANCE))
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every weight: fresh weights are small, zero or one, and hide mistakes.
+
+    Gains of norms are drawn around 1, so that what is generated depends on what is read.
+    """
+    torch.manual_seed(seed)
+    for name, p in model.named_parameters():
+        gain = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
+        nn.init.normal_(p, mean=1.0 if gain else 0.0, std=0.3)
+    return model.eval()
+
+
+def twin(theirs: PreTrainedModel, ours: type[Pretrained]) -> Pretrained:
+    """Our model, from the checkpoint that transformers writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return ours.from_pretrained(folder)
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the positions that have a label."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def check_gradients(ours: Pretrained, theirs: PreTrainedModel, **tolerance: float) -> None:
+    """After both losses went backward: every gradient agrees, and there is none in addition."""
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    buffers = {name: torch.zeros_like(b) for name, b in ours.named_buffers()}
+    got = to_hf({**buffers, **gradients}, ours.hf_rules(ours.config))
+    want = dict(theirs.named_parameters(remove_duplicate=False))
+    got = {name: gradient for name, gradient in got.items() if name in want}
+    covered = {id(want[name]) for name in got}
+    assert covered == {id(p) for p in theirs.parameters()}, "a parameter of theirs is not ours"
+    assert len(got) == len(covered), "a parameter of theirs is two of ours"
+    for name, gradient in got.items():
+        their_gradient = want[name].grad
+        if their_gradient is None:  # a parameter that the loss does not reach
+            assert not gradient.any(), name
+            continue
+        torch.testing.assert_close(
+            gradient, their_gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
+def check_round_trips(theirs: PreTrainedModel, ours: type[Pretrained]) -> None:
+    """Theirs to ours to theirs to ours: nothing is lost, not a bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second, third = (Path(folder) / name for name in ("first", "second", "third"))
+        theirs.save_pretrained(first)
+        model = ours.from_pretrained(first)
+        model.save_pretrained(second)
+        again, report = type(theirs).from_pretrained(second, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"], report
+        check_same(again.state_dict(), theirs.state_dict())
+        again.save_pretrained(third)
+        once_more = ours.from_pretrained(third)
+        check_same(once_more.state_dict(), model.state_dict())
+        assert once_more.config == model.config
+
+
+def check_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def count(build: Callable[[], nn.Module]) -> int:
+    """Parameters of a model that is too large to be made: on the meta device, without memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build().parameters())
+
+
+def greedy(
+    step: Callable[[Tensor, int], Tensor],
+    tokens: Tensor,
+    n: int,
+    *,
+    eos: int,
+    pad: int,
+    cached: bool,
+) -> Tensor:
+    """Append up to n tokens, of each row none twice, until every row has written `eos`.
+
+    `step` gets the tokens that are new to it and how many came before them, and gives the logits.
+    """
+    over = torch.zeros(len(tokens), dtype=torch.bool)
+    past = 0
+    for _ in range(n):
+        scores = step(tokens[:, past:], past)[:, -1].scatter(1, tokens, -torch.inf)
+        best = torch.where(over, pad, scores.argmax(dim=-1))
+        past = tokens.shape[1] if cached else 0
+        tokens = torch.cat((tokens, best[:, None]), dim=1)
+        over |= best == eos
+        if over.all():
+            break
+    return tokens

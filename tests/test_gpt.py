@@ -1,0 +1,300 @@
+"""GPT-2 against transformers' GPT2LMHeadModel."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config as HFGPT2Config
+
+from llm_anatomy.models import gpt2
+from llm_anatomy.models.gpt2 import GPT2, GPT2Config
+from tests import parity
+
+B, T, V = 3, 7, 29
+EOS, PAD = 0, 28
+SMALL = GPT2Config(vocab_size=V, n_layers=2, n_heads=4, d_model=24, d_ff=20, n_positions=24)
+
+
+@st.composite
+def gpt2_configs(draw) -> HFGPT2Config:
+    n_heads = draw(st.sampled_from([1, 2, 3]))
+    return HFGPT2Config(
+        vocab_size=V,
+        n_positions=draw(st.integers(16, 24)),
+        n_embd=n_heads * draw(st.sampled_from([4, 6])),
+        n_layer=draw(st.integers(1, 3)),
+        n_head=n_heads,
+        n_inner=draw(st.sampled_from([None, 10])),
+        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-3])),
+        resid_pdrop=0.3,
+        embd_pdrop=0.2,
+        attn_pdrop=0.4,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
+def gpt2_twins(config: HFGPT2Config, dtype: torch.dtype = torch.float32):
+    theirs = parity.randomise(GPT2LMHeadModel(config))
+    return theirs.to(dtype), parity.twin(theirs, GPT2).to(dtype)
+
+
+def some_tokens(T: int = T) -> Tensor:
+    return torch.randint(1, PAD, (B, T))
+
+
+def keep_of(padding: str, T: int = T) -> Tensor | None:
+    """True at real tokens: the rows have lengths T, T - 3 and 2."""
+    if padding == "none":
+        return None
+    short = torch.arange(T) < torch.tensor([[T], [T - 3], [2]])
+    return short if padding == "right" else short.flip(1)
+
+
+def their_arguments(keep: Tensor | None) -> dict[str, Tensor]:
+    """Padding as generate() gives it to the model: positions count what is real."""
+    if keep is None:
+        return {}
+    return {
+        "attention_mask": keep.long(),
+        "position_ids": (keep.cumsum(dim=1) - 1).clamp(min=0),
+    }
+
+
+paddings = st.sampled_from(["none", "right", "left"])
+
+# --- GPT-2: parity --------------------------------------------------------------------------------
+
+
+@settings(max_examples=12)
+@given(gpt2_configs(), paddings, parity.dtypes)
+def test_gpt2_logits(config, padding, dtype):
+    theirs, ours = gpt2_twins(config, dtype)
+    tokens, keep = some_tokens(), keep_of(padding)
+    got, want = ours(tokens, keep), theirs(tokens, **their_arguments(keep)).logits
+    real = slice(None) if keep is None else keep
+    torch.testing.assert_close(got[real], want[real], **parity.TOLERANCE[dtype])
+
+
+@settings(max_examples=12)
+@given(gpt2_configs(), paddings, parity.dtypes)
+def test_gpt2_loss_and_gradients(config, padding, dtype):
+    theirs, ours = gpt2_twins(config, dtype)
+    tokens, keep = some_tokens(), keep_of(padding)
+    labels = tokens if keep is None else tokens.masked_fill(~keep, -100)
+    output = theirs(tokens, labels=labels, **their_arguments(keep))
+    loss = parity.mean_loss(ours(tokens, keep)[:, :-1], labels[:, 1:])
+    torch.testing.assert_close(loss.float(), output.loss)  # theirs is computed in float32
+    loss.backward()
+    parity.mean_loss(output.logits[:, :-1], labels[:, 1:]).backward()
+    parity.check_gradients(ours, theirs, **parity.TOLERANCE[dtype])
+
+
+@settings(max_examples=4)
+@given(gpt2_configs())
+def test_gpt2_drops_what_theirs_drops(config):
+    """With the same seed the same features are dropped, in the same order."""
+    theirs, ours = (model.train() for model in gpt2_twins(config))
+    tokens = some_tokens()
+    torch.manual_seed(1)
+    want = theirs(tokens).logits
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours(tokens), want)
+
+
+@torch.no_grad()
+@settings(max_examples=12)
+@given(gpt2_configs(), st.sampled_from(["none", "left"]), st.sampled_from(["no", "grown", "fixed"]))
+def test_gpt2_greedy_generation(config, padding, cache):
+    """No token twice in a row of the batch: a random model would repeat its first one for ever."""
+    theirs, ours = gpt2_twins(config)
+    tokens, keep = some_tokens(4), keep_of(padding, 4)
+    if keep is not None:
+        tokens = tokens.masked_fill(~keep, PAD)
+    expected = theirs.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens) if keep is None else keep.long(),
+        generation_config=GenerationConfig(
+            max_new_tokens=11,
+            do_sample=False,
+            no_repeat_ngram_size=1,
+            use_cache=cache != "no",
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+        ),
+    )
+    caches = None if cache == "no" else ours.new_caches(None if cache == "grown" else 15)
+
+    def step(new: Tensor, past: int) -> Tensor:
+        seen = None if keep is None else F.pad(keep, (0, past + new.shape[1] - 4), value=True)
+        return ours(new, seen, caches)
+
+    got = parity.greedy(step, tokens, 11, eos=EOS, pad=PAD, cached=cache != "no")
+    assert torch.equal(got, expected)
+
+
+@settings(max_examples=3)
+@given(gpt2_configs())
+def test_gpt2_round_trips(config):
+    parity.check_round_trips(parity.randomise(GPT2LMHeadModel(config)), GPT2)
+
+
+def test_a_file_as_openai_s_holds_the_model_without_its_prefix_and_the_masks(tmp_path):
+    config = HFGPT2Config(vocab_size=V, n_positions=24, n_embd=12, n_layer=2, n_head=3)
+    theirs = parity.randomise(GPT2LMHeadModel(config))
+    theirs.transformer.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    assert set(tensors) == set(GPT2Model(theirs.config).state_dict()), "no name has a prefix"
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
+    tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    save_file(tensors, path)
+    tokens = some_tokens()
+    torch.testing.assert_close(GPT2.from_pretrained(tmp_path)(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (gpt2.GPT2_SMALL, 124_439_808),
+        (gpt2.GPT2_MEDIUM, 354_823_168),
+        (gpt2.GPT2_LARGE, 774_030_080),
+        (gpt2.GPT2_XL, 1_557_611_200),
+    ],
+)
+def test_parameter_counts_of_the_published_gpt2(config, parameters):
+    assert parity.count(lambda: GPT2(config)) == parameters
+
+
+def test_gpt3_has_175_billion_parameters():
+    parameters = parity.count(lambda: GPT2(gpt2.GPT3))
+    D, L = gpt2.GPT3.d_model, gpt2.GPT3.n_layers
+    assert parameters == L * (12 * D**2 + 13 * D) + (50_257 + 2048 + 2) * D
+    assert round(parameters / 1e9) == 175
+    assert gpt2.GPT3.d_model // gpt2.GPT3.n_heads == 128
+
+
+# --- GPT-2: invariants ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model() -> GPT2:
+    return parity.randomise(GPT2(SMALL))
+
+
+@torch.no_grad()
+def test_gpt2_does_not_see_a_later_token(model):
+    tokens = some_tokens()
+    before = model(tokens)
+    for t in range(1, T):
+        changed = tokens.clone()
+        changed[:, t] = changed[:, t] % (PAD - 1) + 1
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t], before[:, t])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_reaches_nothing_in_gpt2(model, side):
+    tokens = some_tokens()
+    alone = model(tokens)
+    pads, none = torch.full((B, 4), PAD), torch.zeros(B, 4, dtype=torch.bool)
+    parts, keeps = (pads, tokens), (none, ~torch.zeros_like(tokens, dtype=torch.bool))
+    if side == "right":
+        parts, keeps = parts[::-1], keeps[::-1]
+    keep = torch.cat(keeps, dim=1)
+    padded = model(torch.cat(parts, dim=1), keep)
+    torch.testing.assert_close(padded[keep].view(alone.shape), alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("sizes", [[1] * T, [2, 5], [6, 1], [T]])
+@pytest.mark.parametrize("capacity", [None, T, 20])
+def test_gpt2_with_caches_equals_gpt2_without(model, padding, sizes, capacity):
+    tokens, keep = some_tokens(), keep_of(padding)
+    caches, parts = model.new_caches(capacity), []
+    for part in tokens.split(sizes, dim=1):
+        end = len(caches[0]) + part.shape[1]
+        parts.append(model(part, None if keep is None else keep[:, :end], caches))
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens, keep))
+    assert [len(cache) for cache in caches] == [T] * SMALL.n_layers
+
+
+def test_every_parameter_of_gpt2_gets_a_gradient(model):
+    model.double()(some_tokens()).square().sum().backward()
+    for name, p in model.named_parameters():
+        moved = p.grad.abs().max()
+        # the bias of the keys adds one number to a whole row of scores: no softmax can see it
+        assert moved < 1e-6 if name.endswith("k_proj.bias") else moved > 1e-3, name
+
+
+def test_gpt2_starts_as_openai_s_code_does():
+    """Section 2.3: what ends in the residual stream is scaled by 1/sqrt(N), N such summands."""
+    state = GPT2(dataclasses.replace(SMALL, d_model=96, d_ff=384, n_layers=8)).state_dict()
+    assert state["blocks.3.ffn.up_proj.weight"].std() == pytest.approx(0.02, rel=0.05)
+    for name in ("attention.o_proj", "ffn.down_proj"):
+        std = state[f"blocks.3.{name}.weight"].std()
+        assert std == pytest.approx(0.02 / 16**0.5, rel=0.05)
+        assert not state[f"blocks.3.{name}.bias"].any()
+
+
+# --- GPT-2: bad input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-1, V])
+def test_gpt2_and_tokens_outside_the_vocabulary(model, bad):
+    tokens = some_tokens()
+    tokens[1, 2] = bad
+    with pytest.raises(ValueError, match=f"token ids must lie between 0 and 28; got .*{bad}"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("shape", [(B, 0), (0, T)])
+def test_gpt2_and_an_empty_prompt(model, shape):
+    with pytest.raises(ValueError, match="the prompt is empty: it has shape"):
+        model(torch.zeros(shape, dtype=torch.long))
+
+
+def test_gpt2_and_more_than_its_context(model):
+    with pytest.raises(ValueError, match="25 positions are needed, but the model has 24"):
+        model(some_tokens(25))
+    caches = model.new_caches()
+    model(some_tokens(20), caches=caches)
+    with pytest.raises(ValueError, match="25 positions are needed, but the model has 24"):
+        model(some_tokens(5), caches=caches)
+
+
+def test_gpt2_and_a_keep_of_the_wrong_width(model):
+    with pytest.raises(ValueError, match=r"column for each of the 7 positions.* shape \(3, 6\)"):
+        model(some_tokens(), keep_of("right")[:, :6])
+
+
+def test_gpt2_and_a_full_cache(model):
+    with pytest.raises(ValueError, match="the cache is full"):
+        model(some_tokens(), caches=model.new_caches(6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_function": "relu"}, "activation_function to 'relu'.* supports 'gelu_new'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx to True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights to False"),
+        ({"add_cross_attention": True}, "add_cross_attention to True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings to False"),
+        ({"n_head": "4"}, "n_heads must be of type int, got '4'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_gpt2_configs_that_are_another_model(change, message):
+    with pytest.raises(ValueError, match=message):
+        GPT2.config_from_hf(GPT2.config_to_hf(SMALL) | change)
