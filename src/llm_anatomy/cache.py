@@ -1,7 +1,7 @@
 """Keys and values already computed, so that a decoder reads one new token at a time."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -64,3 +64,11 @@ class KVCache:
         self.k[:, :, old : self.length] = k
         self.v[:, :, old : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def reorder(self, rows: Int[Tensor, " K"]) -> None:
+        """Go on with these rows of the batch, in this order; a row may be taken twice.
+
+        This is what beam search does to a cache when it drops one beginning for another.
+        """
+        if self.k is not None:
+            self.k, self.v = self.k[rows], self.v[rows]
