@@ -97,7 +97,7 @@ def test_top_p_leaves_the_smallest_set():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     tokens = torch.zeros(1, 1, dtype=torch.long)
     left = {
-        p: int(decoding.top_p(p)(logits, tokens).isfinite().sum()) for p in (0.49, 0.51, 0.81, 1)
+        p: int(decoding.top_p(p)(logits, tokens).isfinite().sum()) for p in (0.49, 0.51, 0.81, 1.0)
     }
     assert left == {0.49: 1, 0.51: 2, 0.81: 3, 1.0: 4}
 
