@@ -57,3 +57,13 @@ def test_positions_do_not_mix(layer):
     assert not torch.equal(before[:, 4], after[:, 4])
     others = [0, 1, 2, 3, 5]
     torch.testing.assert_close(before[:, others], after[:, others], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", [FeedForward, GatedFeedForward])
+def test_dropout_acts_on_the_wide_features_in_training_alone(layer):
+    ffn = layer(5, 11, F.gelu, bias=True, dropout=1.0)
+    x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(ffn(x), ffn.down_proj.bias.expand(2, 3, 5))
+    kept = layer(5, 11, F.gelu, bias=True)
+    kept.load_state_dict(ffn.state_dict())
+    torch.testing.assert_close(ffn.eval()(x), kept(x))
