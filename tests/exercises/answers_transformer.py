@@ -145,6 +145,11 @@ def norm_template(dim=-1, correction=0, outside=0.0, gained=True, shifted=True):
     return layer_norm
 
 
+def norm_by_sum(x, gain, bias, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return gain * centred / ((centred**2).sum(-1, keepdim=True) + eps) ** 0.5 + bias
+
+
 def forcing_template(inputs, labels=None):
     def teacher_forcing(target, start_id, pad_id):
         start = target.new_full((len(target), 1), start_id)
@@ -169,9 +174,9 @@ def masks_template(encoder=None, decoder=None, cross=None):
     return three_masks
 
 
-def loss_template(weigh, average):
+def loss_template(weigh, average, dim=-1):
     def smoothed_loss(logits, labels, smoothing):
-        p = torch.log_softmax(logits, -1)
+        p = torch.log_softmax(logits, dim)
         V = logits.shape[-1]
         hot = F.one_hot(labels.clamp(min=0), V)
         loss = -(p * weigh(hot, smoothing, V)).sum(-1)
@@ -208,18 +213,21 @@ def greedy_template(
             ended = ended | (token == eos_id)
             if (stop == "all" and ended.all()) or (stop == "any" and ended.any()):
                 break
+            if stop == "same step" and (token == eos_id).all():
+                break
         return said[:, cut:]
 
     return greedy_decode
 
 
-def wiring_template(causal=True, memory_side=True, skip=True, own_norm=True):
+def wiring_template(causal=True, memory_side=True, skip=True, own_norm=True, hidden=True):
     def layer(x, memory, memory_keep, attend, cross, ffn, norm_1, norm_2, norm_3):
         T = x.shape[1]
         seen = torch.ones(T, T, dtype=torch.bool)
         seen = torch.tril(seen) if causal else seen
         x = norm_1(attend(x, x, seen) + x)
-        y = cross(x, memory, memory_keep[:, None]) if memory_side else cross(x, x, seen)
+        may_look = memory_keep[:, None] if hidden else torch.tensor(True).expand(1, T, 1)
+        y = cross(x, memory, may_look) if memory_side else cross(x, x, seen)
         x = norm_2(x + y) if skip else norm_2(y)
         return norm_3(x + ffn(x)) if own_norm else norm_2(x + ffn(x))
 
@@ -249,6 +257,7 @@ WRONG = {
             lambda x, g, b, eps: g * (F.layer_norm(x, x.shape[-1:], eps=eps) + b),
             "so it is scaled as well",
         ),
+        (norm_by_sum, "The squares are summed"),
     ],
     "feed_forward": [
         (lambda x, w, b, v, c: x @ w @ v + b @ v + c, "no maximum with 0"),
@@ -293,7 +302,11 @@ WRONG = {
         ),
         (
             forcing_template(lambda y, s, p: y[:, :-1], lambda y, first, right: right[:, 1:]),
-            "two overlapping pieces",
+            "as for a decoder that has no start token",
+        ),
+        (
+            forcing_template(lambda y, s, p: y[:, :-1], lambda y, first, right: y[:, 1:]),
+            "a target that begins with a start token",
         ),
         (forcing_template(lambda y, s, p: torch.hstack((s, y))), "one longer than the labels"),
     ],
@@ -341,6 +354,22 @@ WRONG = {
         (
             masks_template(encoder=lambda s, t, S, T: torch.ones(len(s), S, S).bool()),
             "Encoder: the padding of the source can be seen",
+        ),
+        (
+            masks_template(encoder=lambda s, t, S, T: s[:, None] & s[..., None]),
+            "Encoder: padding loses its rows too",
+        ),
+        (
+            masks_template(
+                encoder=lambda s, t, S, T: s[:, None] & s[..., None],
+                decoder=lambda s, t, S, T: (t[:, None] & t[..., None]).tril(),
+                cross=lambda s, t, S, T: torch.einsum("bt,bs->bts", t.int(), s.int()).bool(),
+            ),
+            "Decoder: padding loses its rows. Hide",
+        ),
+        (
+            masks_template(cross=lambda s, t, S, T: s[:, None] & t[..., None]),
+            "Cross-attention: the target's padding loses its rows",
         ),
         (
             masks_template(
@@ -410,6 +439,14 @@ WRONG = {
         (loss_template(right_weights, lambda loss, real: loss[real].sum()), "The mean is asked"),
         (loss_template(right_weights, lambda loss, real: -loss[real].mean()), "sign is turned"),
         (
+            loss_template(right_weights, lambda loss, real: loss[real].mean() / math.log(2)),
+            "that to base 2",
+        ),
+        (
+            loss_template(right_weights, token_mean, dim=1),
+            "The softmax runs over the positions",
+        ),
+        (
             loss_template(lambda hot, eps, V: (1 - eps) * hot, token_mean),
             "The smoothed part is missing",
         ),
@@ -424,6 +461,11 @@ WRONG = {
         (lambda t, D, w: t / (w * (w * D) ** 0.5), "only the warm-up"),
         (lambda t, D, w: min(1 / t**0.5, t / w**0.5) / D**0.5, "It takes -3/2"),
         (lambda t, D, w: min(1 / t**0.5, t / w) / D**0.5, "The line is step / warmup"),
+        (
+            lambda t, D, w: (1 / t**0.5 if t > w else t / w**0.5) / D**0.5,
+            "The line rises as step",
+        ),
+        (lambda t, D, w: schedule_by_branches(t, D, 4000), "4000 steps whatever warmup is"),
     ],
     "greedy_decode": [
         (greedy_template(stop="any"), "when the first row has ended"),
@@ -437,12 +479,16 @@ WRONG = {
         (greedy_template(extra=1), "one step more than n_max"),
         (greedy_template(extra=-1), "one step before n_max"),
         (greedy_template(inside=True), "The encoder is called again in each step"),
+        (greedy_template(carry="words", stop="same step"), "say eos_id in the same step"),
+        (greedy_template(carry="words", extra=30), "n_max is no limit"),
+        (greedy_template(extra=30), "It goes on beyond n_max steps"),
     ],
     "fix_decoder_layer": [
         (wiring_template(causal=False), "One mistake is left: the decoder's own"),
         (wiring_template(memory_side=False), "One mistake is left: cross-attention takes"),
         (wiring_template(skip=False), "One mistake is left: the sum around"),
         (wiring_template(own_norm=False), "One mistake is left: the last sum"),
+        (wiring_template(hidden=False), "sees the padding of the source"),
         (
             wiring_template(causal=False, own_norm=False),
             "Two mistakes are left: the decoder's own attention sees the future; the last sum",

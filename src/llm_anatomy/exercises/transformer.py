@@ -94,8 +94,11 @@ LAYER_NORM = Exercise(
 Write layer norm without `layer_norm`, `nn.LayerNorm` or `std`. Each token is normalised on its own,
 over its $D$ features:
 
-$$y = g \cdot \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + b, \qquad
-\mu = \frac{1}{D} \sum_i x_i, \qquad \sigma^2 = \frac{1}{D} \sum_i (x_i - \mu)^2$$
+$$\begin{aligned}
+y &= g \cdot \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + b \\
+\mu &= \frac{1}{D} \sum_i x_i \\
+\sigma^2 &= \frac{1}{D} \sum_i (x_i - \mu)^2
+\end{aligned}$$
 """,
     stub='''
 def layer_norm(
@@ -196,6 +199,15 @@ def layer_norm(
                 ),
             ),
             Mistake(
+                "The squares are summed, not averaged: the sum is divided by D.",
+                lambda x, gain, bias, eps: (
+                    gain
+                    * (x - x.mean(-1, keepdim=True))
+                    / (x.var(-1, keepdim=True, correction=0) * x.shape[-1] + eps).sqrt()
+                    + bias
+                ),
+            ),
+            Mistake(
                 "It is divided by the variance. The root is missing.",
                 lambda x, gain, bias, eps: (
                     gain
@@ -232,9 +244,10 @@ FEED_FORWARD = Exercise(
     level=1,
     minutes=4,
     task=r"""
-Write the position-wise feed-forward layer of the Transformer:
-$\mathrm{FFN}(x) = \max(0,\, x W_1 + b_1)\, W_2 + b_2$. It widens each token from $D$ to $F$
+Write the position-wise feed-forward layer of the Transformer. It widens each token from $D$ to $F$
 features and narrows it back. The residual sum is not part of it.
+
+$$\max(0,\, x W_1 + b_1)\, W_2 + b_2$$
 """,
     stub='''
 def feed_forward(
@@ -467,6 +480,7 @@ def _forced(
         "padding": target.clone(),
         "left": torch.cat((hidden[:, 1:], torch.full_like(start, -100)), 1),
         "short": hidden[:, 1:],
+        "short padding": target[:, 1:],
         "inputs": first.clone(),
     }[labels]
     return first, second
@@ -577,6 +591,12 @@ def teacher_forcing(
                 lambda *a: _forced(*a, inputs="short", labels="short"),
             ),
             Mistake(
+                "The target is cut in two overlapping pieces, as for a target that begins with a "
+                "start token. This one does not: put start_id in front. The labels also need -100 "
+                "at their padding.",
+                lambda *a: _forced(*a, inputs="short", labels="short padding"),
+            ),
+            Mistake(
                 "The last column of the inputs is not dropped: they are one longer than the "
                 "labels.",
                 lambda *a: _forced(*a, inputs="long"),
@@ -596,6 +616,10 @@ def _keep(lengths: list[int], n: int) -> Tensor:
 
 def _keys(keep: Tensor, T: int) -> Tensor:
     return keep[:, None, :].expand(-1, T, -1).clone()
+
+
+def _rows(keep: Tensor) -> Tensor:
+    return keep[:, :, None]
 
 
 def _tril(T: int, S: int) -> Tensor:
@@ -627,7 +651,8 @@ key):
 
 * encoder, $(B, S, S)$; decoder to itself, $(B, T, T)$; cross-attention, $(B, T, S)$.
 
-Padding is never looked **at**. Rows of queries that are themselves padding need no care.
+Padding is never looked **at**. A query that is padding itself keeps its row, like any other: hide
+columns only.
 """,
     stub='''
 def three_masks(
@@ -679,6 +704,9 @@ def three_masks(
                 "Encoder: the rows of the padding are hidden, not its columns.": (
                     lambda s, t: _keys(s, s.shape[1]).mT
                 ),
+                "Encoder: padding loses its rows too. Hide its columns only.": (
+                    lambda s, t: _keys(s, s.shape[1]) & _rows(s)
+                ),
             },
             {
                 "": lambda s, t: _keys(t, t.shape[1]) & _tril(t.shape[1], t.shape[1]),
@@ -694,8 +722,8 @@ def three_masks(
                 "Decoder: a position cannot see itself. The diagonal belongs to the past.": (
                     lambda s, t: _keys(t, t.shape[1]) & _tril(t.shape[1], t.shape[1]).tril(-1)
                 ),
-                "Decoder: the rows of the padding are hidden, not its columns.": (
-                    lambda s, t: _keys(t, t.shape[1]).mT & _tril(t.shape[1], t.shape[1])
+                "Decoder: padding loses its rows. Hide its columns only.": (
+                    lambda s, t: _tril(t.shape[1], t.shape[1]) & _rows(t)
                 ),
             },
             {
@@ -707,6 +735,8 @@ def three_masks(
                 ),
                 "Cross-attention: the padding is that of the target. The keys come from the "
                 "source.": lambda s, t: t[..., None].expand(-1, -1, s.shape[1]).clone(),
+                "Cross-attention: the target's padding loses its rows. Hide the source's columns "
+                "only.": lambda s, t: _keys(s, t.shape[1]) & _rows(t),
                 "Cross-attention: its axes have changed places; queries are the rows.": (
                     lambda s, t: _keys(s, t.shape[1]).mT
                 ),
@@ -976,9 +1006,10 @@ def _smoothed(
     mean: str = "tokens",
     padding: bool = False,
     total: bool = False,
+    dim: int = -1,
 ) -> Tensor:
     """The smoothed loss with any of several mistakes."""
-    log_p = logits.log_softmax(-1)
+    log_p = logits.log_softmax(dim)
     V = logits.shape[-1]
     hit = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     spread = log_p.sum(-1)
@@ -1088,6 +1119,15 @@ def smoothed_loss(
                 lambda *a: _smoothed(*a, mean="sum"),
             ),
             Mistake(
+                "The softmax runs over the positions. It runs over the V tokens, the last axis.",
+                lambda *a: _smoothed(*a, dim=1),
+            ),
+            Mistake(
+                "The logarithm is that to base 2, which gives bits. A loss in nats takes the "
+                "natural one.",
+                lambda *a: _smoothed(*a) / math.log(2),
+            ),
+            Mistake(
                 "The sign is turned over: a loss is minus the logarithm.",
                 lambda *a: -_smoothed(*a),
             ),
@@ -1120,10 +1160,10 @@ PAPER_SCHEDULE = Exercise(
     level=1,
     minutes=5,
     task=r"""
-Write the learning rate of the Transformer. It rises in a straight line for `warmup` steps and then
-falls with the inverse square root of the step, which counts from 1:
+Write the learning rate of the Transformer. It rises in a straight line for $w$ (`warmup`) steps and
+then falls with the inverse square root of the step $t$, which counts from 1:
 
-$$\eta = D^{-1/2} \cdot \min\left(t^{-1/2},\; t \cdot w^{-3/2}\right)$$
+$$\eta = D^{-1/2} \min(t^{-1/2},\, t\, w^{-3/2})$$
 """,
     stub='''
 def paper_schedule(step: int, d_model: int, warmup: int) -> float:
@@ -1190,6 +1230,16 @@ def paper_schedule(step: int, d_model: int, warmup: int) -> float:
                 "step = warmup.",
                 lambda t, D, w: D**-0.5 * min(t**-0.5, t * w**-0.5),
                 hint=2,
+            ),
+            Mistake(
+                "The line rises as step · warmup^(-1/2). It takes the power -3/2 for it to end "
+                "where the root begins.",
+                lambda t, D, w: D**-0.5 * (t * w**-0.5 if t <= w else t**-0.5),
+                hint=2,
+            ),
+            Mistake(
+                "The warm-up takes 4000 steps whatever warmup is.",
+                lambda t, D, w: _rate(t, D, 4000),
             ),
             Mistake(
                 "The line is step / warmup. With that, the branches do not meet at step = warmup.",
@@ -1261,13 +1311,14 @@ def _greedy(*bugs: str) -> Callable[..., Tensor]:
         memory = encode(source)
         said = torch.full((len(source), 1), start)
         done = torch.zeros(len(source), dtype=torch.bool)
-        for _ in range(n_max + ("one more" in bugs) - ("one less" in bugs)):
+        n_steps = 50 if "no limit" in bugs else n_max
+        for _ in range(n_steps + ("one more" in bugs) - ("one less" in bugs)):
             logits = decode(said[:, -1:] if "last token" in bugs else said, memory)
             token = logits[:, 0 if "first" in bugs else -1].argmax(-1)
             if "go on" not in bugs:
                 token = torch.where(done, eos if "eos" in bugs else pad, token)
             said = torch.cat((said, token[:, None]), 1)
-            done = done | (token == eos)
+            done = token == eos if "at once" in bugs else done | (token == eos)
             if "never" not in bugs and (done.any() if "any" in bugs else done.all()):
                 break
         said = said if "start" in bugs else said[:, 1:]
@@ -1296,6 +1347,16 @@ _GREEDY = same_function(
             "Rows that have ended go on writing words, and it always takes n_max steps.",
             _greedy("go on", "never"),
         ),
+        Mistake(
+            "It stops only if all rows say eos_id in the same step, and rows that have ended go on "
+            "writing. Keep in mind which rows have ended.",
+            _greedy("go on", "at once"),
+        ),
+        Mistake(
+            "Rows that have ended go on writing words, and n_max is no limit.",
+            _greedy("go on", "no limit"),
+        ),
+        Mistake("It goes on beyond n_max steps.", _greedy("no limit")),
         Mistake(
             "Rows that have ended are filled with eos_id. After the first one, pad_id follows.",
             _greedy("eos"),
@@ -1482,7 +1543,8 @@ def _wired(*bugs: str) -> Callable[..., Tensor]:
         causal = torch.ones(T, T, dtype=torch.bool)
         causal = causal if "future" in bugs else causal.tril()
         x = norm_1(x + attend(x, x, causal))
-        seen = cross(x, x, causal) if "side" in bugs else cross(x, memory, keep[:, None, :])
+        keys = torch.ones_like(keep) if "blind" in bugs else keep
+        seen = cross(x, x, causal) if "side" in bugs else cross(x, memory, keys[:, None, :])
         x = norm_2(seen if "skip" in bugs else x + seen)
         return (norm_2 if "norm" in bugs else norm_3)(x + ffn(x))
 
@@ -1499,7 +1561,14 @@ _WIRING = {
 
 def _wiring_mistakes() -> list[Mistake]:
     """One for each set of mistakes that may be left."""
-    mistakes = [Mistake("", _wired(*_WIRING), untouched=True)]
+    mistakes = [
+        Mistake("", _wired(*_WIRING), untouched=True),
+        Mistake(
+            "The four are repaired, but cross-attention sees the padding of the source: it needs "
+            "memory_keep, with an axis for the queries.",
+            _wired("blind"),
+        ),
+    ]
     for n in (1, 2, 3):
         for left in itertools.combinations(_WIRING, n):
             count = ("One mistake is", "Two mistakes are", "Three mistakes are")[n - 1]
