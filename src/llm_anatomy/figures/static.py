@@ -113,7 +113,7 @@ def heat_map(
     T, S = weights.shape
     figure, axes = canvas(width=max(WIDTH, 1.2 + 0.55 * S), height=1.2 + 0.42 * T)
     with mpl.rc_context(STYLE):
-        axes.imshow(weights.detach().cpu(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(weights.detach().cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(S), keys, rotation=45 if max(map(len, keys)) > 4 else 0)
         axes.set_yticks(range(T), queries)
         axes.set_xlabel("key (looked at)")
@@ -203,7 +203,8 @@ def mask_pictures(masks: Mapping[str, Bool[Tensor, "_ _"]], *, columns: int = 3)
         for axes in grid.flat[len(masks) :]:
             axes.remove()
         for axes, (name, mask) in zip(grid.flat, masks.items(), strict=False):
-            axes.imshow(mask.cpu(), cmap=ListedColormap(["#f2f2f2", COLOURS[0]]), vmin=0, vmax=1)
+            shades = ListedColormap(["#f2f2f2", COLOURS[0]])
+            axes.imshow(mask.cpu().numpy(), cmap=shades, vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(name)
