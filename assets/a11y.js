@@ -37,7 +37,7 @@
   function scrollable() {
     const boxes = "main pre, main .cell_output, main .pst-scrollable-table-container, main .output";
     document.querySelectorAll(boxes).forEach(function (box) {
-      if (box.scrollWidth > box.clientWidth + 1 && !box.hasAttribute("tabindex")) {
+      if (box.scrollWidth > box.clientWidth + 1 && box.tabIndex < 0) {
         box.setAttribute("tabindex", "0");
       }
     });
@@ -69,5 +69,6 @@
     new MutationObserver(widgets).observe(main, { childList: true, subtree: true });
     window.addEventListener("load", scrollable);
     window.addEventListener("resize", scrollable);
+    document.addEventListener("toggle", scrollable, true);  // a fold that opened
   });
 })();
