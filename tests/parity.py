@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +19,11 @@ logging.disable_progress_bar()
 TOLERANCE = {torch.float32: {}, torch.float64: {"atol": 1e-9, "rtol": 1e-9}}
 
 dtypes = st.sampled_from(list(TOLERANCE))
+
+
+def examples(n: int) -> settings:
+    """Try n drawn configurations; the first that fails is reported as it is, which is quick."""
+    return settings(max_examples=n, phases=[Phase.generate])
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -82,7 +82,7 @@ def listed(output: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=6)
+@parity.examples(6)
 @given(bert_configs(), st.booleans(), parity.dtypes)
 def test_outputs(name, config, padded, dtype):
     theirs, ours = twins(name, config, dtype)
@@ -95,7 +95,7 @@ def test_outputs(name, config, padded, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=4)
+@parity.examples(4)
 @given(bert_configs(), st.booleans(), parity.dtypes)
 def test_gradients(name, config, padded, dtype):
     """Of a loss that every output has a share in."""
@@ -106,7 +106,7 @@ def test_gradients(name, config, padded, dtype):
     parity.check_gradients(ours, theirs, **parity.TOLERANCE[dtype])
 
 
-@settings(max_examples=4)
+@parity.examples(4)
 @given(bert_configs(), st.booleans())
 def test_the_loss_of_pre_training_is_that_of_both_tasks(config, padded):
     theirs, ours = twins("BertForPreTraining", config)
@@ -133,7 +133,7 @@ def test_the_loss_of_pre_training_is_that_of_both_tasks(config, padded):
         ("BertForTokenClassification", (B, T), 2),
     ],
 )
-@settings(max_examples=3)
+@parity.examples(3)
 @given(bert_configs())
 def test_the_loss_of_fine_tuning(name, shape, most, config):
     theirs, ours = twins(name, config)
@@ -144,7 +144,7 @@ def test_the_loss_of_fine_tuning(name, shape, most, config):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=2)
+@parity.examples(2)
 @given(bert_configs())
 def test_drops_what_theirs_drops(name, config):
     """With the same seed the same features are dropped, in the same order."""
@@ -158,7 +158,7 @@ def test_drops_what_theirs_drops(name, config):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=2)
+@parity.examples(2)
 @given(bert_configs())
 def test_round_trips(name, config):
     parity.check_round_trips(build(name, config), getattr(bert, name))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -73,7 +73,7 @@ paddings = st.sampled_from(["none", "right", "left"])
 # --- GPT-2: parity --------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@parity.examples(12)
 @given(gpt2_configs(), paddings, parity.dtypes)
 def test_gpt2_logits(config, padding, dtype):
     theirs, ours = gpt2_twins(config, dtype)
@@ -83,7 +83,7 @@ def test_gpt2_logits(config, padding, dtype):
     torch.testing.assert_close(got[real], want[real], **parity.TOLERANCE[dtype])
 
 
-@settings(max_examples=12)
+@parity.examples(12)
 @given(gpt2_configs(), paddings, parity.dtypes)
 def test_gpt2_loss_and_gradients(config, padding, dtype):
     theirs, ours = gpt2_twins(config, dtype)
@@ -97,7 +97,7 @@ def test_gpt2_loss_and_gradients(config, padding, dtype):
     parity.check_gradients(ours, theirs, **parity.TOLERANCE[dtype])
 
 
-@settings(max_examples=4)
+@parity.examples(4)
 @given(gpt2_configs())
 def test_gpt2_drops_what_theirs_drops(config):
     """With the same seed the same features are dropped, in the same order."""
@@ -110,7 +110,7 @@ def test_gpt2_drops_what_theirs_drops(config):
 
 
 @torch.no_grad()
-@settings(max_examples=12)
+@parity.examples(12)
 @given(gpt2_configs(), st.sampled_from(["none", "left"]), st.sampled_from(["no", "grown", "fixed"]))
 def test_gpt2_greedy_generation(config, padding, cache):
     """No token twice in a row of the batch: a random model would repeat its first one for ever."""
@@ -140,7 +140,7 @@ def test_gpt2_greedy_generation(config, padding, cache):
     assert torch.equal(got, expected)
 
 
-@settings(max_examples=3)
+@parity.examples(3)
 @given(gpt2_configs())
 def test_gpt2_round_trips(config):
     parity.check_round_trips(parity.randomise(GPT2LMHeadModel(config)), GPT2)
