@@ -7,6 +7,7 @@ row of attention that does not sum to 1, a NaN), and is drawn from tensors that 
 from llm_anatomy.figures.blocks import Figure, frames, grid_of_frames
 from llm_anatomy.figures.explorers import (
     attention_explorer,
+    depth_explorer,
     heads_viewer,
     mask_gallery,
     position_similarity,
@@ -19,6 +20,7 @@ __all__ = [
     "Figure",
     "attention_explorer",
     "canvas",
+    "depth_explorer",
     "frames",
     "grid_of_frames",
     "heads_viewer",

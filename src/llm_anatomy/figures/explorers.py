@@ -1,6 +1,7 @@
-"""The interactive figures of the attention and Transformer chapters."""
+"""The interactive figures of the chapters."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets as widgets
 import torch
@@ -283,6 +284,49 @@ def position_similarity(
     return grid_of_frames(page, controls, about=about, start=middle)
 
 
+def depth_explorer(
+    norms: Callable[..., Float[Tensor, " n"]],
+    controls: Mapping[str, Sequence[object]],
+    *,
+    quantity: str = "gradient norm",
+    decades: int = 12,
+    start: Mapping[str, object] | None = None,
+    about: str = (
+        "The size of the gradient at each layer of a deep network, on a logarithmic axis. Choose "
+        "how the network is built: a straight line down to the left is a gradient that vanishes."
+    ),
+) -> Figure:
+    """Show one number for each layer on a logarithmic axis, for every combination of choices.
+
+    Args:
+        norms: called with one option of each control; returns the number at layer 0, 1, …, which
+            is never negative. The pages share one axis, so that choices can be compared.
+        controls: label to options.
+        quantity: what the numbers are.
+        decades: the axis runs from 10 to the power of -decades up to 10 to the power of decades;
+            what lies beyond is drawn at the edge and stands in the table as it is.
+        start: label to the option chosen at first.
+        about: what the figure shows.
+
+    Raises:
+        ValueError: fewer than 2 layers, a number that is negative or not finite, or no decades.
+    """
+    if decades < 1:
+        raise ValueError(f"decades must be at least 1, got {decades}")
+
+    def page(*options: object) -> str:
+        name = ", ".join(map(str, options))
+        values = check_finite(norms(*options), f"the {quantity} for {name}")
+        if values.ndim != 1 or len(values) < 2 or values.min() < 0:
+            raise ValueError(
+                f"the {quantity} for {name} must be at least 2 numbers, none negative; "
+                f"got shape {tuple(values.shape)}"
+            )
+        return _depth_html(values.tolist(), name, quantity, decades)
+
+    return grid_of_frames(page, controls, about=about, start=start)
+
+
 def masked_weights(scores: Float[Tensor, "T S"], mask: Bool[Tensor, "T S"]) -> Float[Tensor, "T S"]:
     """Return the weights of given scores: the package's attention, with the scores as bias."""
     T, S = scores.shape
@@ -357,6 +401,49 @@ def _curve_html(matrix: Tensor, name: str, position: int) -> str:
         f"{svg}<p>{verdict}<details><summary>The values as a table</summary>"
         f"<table><caption>{text(name)}, query at position {position}</caption>"
         f"<tr><th scope=col>offset<th scope=col>value{rows}</table></details>"
+    )
+
+
+def _depth_html(values: Sequence[float], name: str, quantity: str, decades: int) -> str:
+    """Draw positive numbers over the layers on a logarithmic axis, with a table below."""
+    last = len(values) - 1
+
+    def across(layer: float) -> float:
+        return round(48 + 256 * layer / last, 1)
+
+    def down(value: float) -> float:
+        power = math.log10(value) if value > 0 else -decades
+        return round(76 - 62 * min(max(power, -decades), decades) / decades, 1)
+
+    points = " ".join(f"{across(layer)},{down(value)}" for layer, value in enumerate(values))
+    summary = f"{name}: {quantity} {values[0]:.0e} at layer 0, {values[-1]:.0e} at layer {last}"
+    if values[0] > 0 and values[-1] > 0:
+        factor = (values[0] / values[-1]) ** (1 / last)
+        verdict = f"On its way down, a layer multiplies it by {number(factor)} on average."
+    else:
+        verdict = "It is exactly 0 somewhere: nothing arrives."
+    labels = [
+        (44, 18, "end", f"1e{decades}"),
+        (44, 80, "end", "1"),
+        (44, 142, "end", f"1e−{decades}"),
+        (across(0), 156, "middle", 0),
+        (across(last / 2), 156, "middle", f"{last / 2:g}"),
+        (across(last), 156, "middle", last),
+        (across(last / 2), 174, "middle", "layer (0 is the input)"),
+    ]
+    texts = "".join(
+        f"<text x={x} y={y} text-anchor={side}>{label}</text>" for x, y, side, label in labels
+    )
+    svg = (
+        f'<svg viewBox="0 0 320 180" role=img aria-label="{text(summary)}">'
+        f'<path class=la-axis d="M48 14V138H304M48 76H304"/>'
+        f'<polyline class=la-curve points="{points}"/>{texts}</svg>'
+    )
+    rows = "".join(f"<tr><td>{layer}<td>{value:.1e}" for layer, value in enumerate(values))
+    return (
+        f"{svg}<p>{text(summary)}. {verdict}<details><summary>The values as a table</summary>"
+        f"<table><caption>{text(name)}</caption>"
+        f"<tr><th scope=col>layer<th scope=col>{text(quantity)}{rows}</table></details>"
     )
 
 
