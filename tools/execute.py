@@ -41,7 +41,7 @@ LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
 CELL_METADATA = {"mystnb", "reason", "tags"}
 REFERENCE = re.compile(r"^IPY_MODEL_(.+)$")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b", re.IGNORECASE)
-PROGRESS = re.compile(r"\r(?!\n)|\d+%\|.*\||\bit/s\b|\bs/it\b")
+PROGRESS = re.compile(r"\r(?!\n)|\d+%\|.*\||(?<![A-Za-z])(?:it/s|s/it)\b")
 
 
 class NotebookError(Exception):
