@@ -1,5 +1,6 @@
 """The commands of the Makefile: they stop where they must, and count what went wrong."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -191,13 +192,19 @@ def test_the_pages_are_not_tested_where_they_were_not_built(monkeypatch, built):
     assert ran == [("tests", [] if built else ["--ignore=tests/book"]), ("notebooks", tasks.NBVAL)]
 
 
-def test_a_missing_chromium_is_told_early(monkeypatch):
+def test_a_missing_chromium_is_fetched_or_told_early(monkeypatch):
+    def refuse(name, command, **options):
+        raise tasks.StepError("  no network")
+
     monkeypatch.setattr(tasks.shutil, "which", lambda name: None)
-    monkeypatch.delenv("CHROMIUM", raising=False)
-    with pytest.raises(tasks.StepError, match="apt-get install chromium"):
-        tasks.chromium()
     monkeypatch.setenv("CHROMIUM", "/somewhere/chrome")
     assert tasks.chromium() == ""
+    monkeypatch.delenv("CHROMIUM")
+    monkeypatch.setattr(tasks, "call", refuse)
+    with pytest.raises(tasks.StepError, match=r"(?s)apt-get install chromium.*no network"):
+        tasks.chromium()
+    monkeypatch.setattr(tasks, "call", lambda name, command, **options: "/fetched/chrome\n")
+    assert tasks.chromium() == "fetched" and os.environ["CHROMIUM"] == "/fetched/chrome"
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["run", "; rm"], ["run", "x.sh"], ["nothing"], []])

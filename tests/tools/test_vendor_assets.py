@@ -98,7 +98,7 @@ def test_no_file_leaves_its_folder(tmp_path, fetch):
 def test_a_missing_npm_is_told_with_what_to_do(tmp_path, fetch, monkeypatch):
     fetch(CONTENT)
     monkeypatch.setattr(vendor_assets.shutil, "which", lambda name, **where: None)
-    with pytest.raises(vendor_assets.VendorError, match="apt-get install npm"):
+    with pytest.raises(vendor_assets.VendorError, match="Install Node"):
         vendor_assets.ensure(tmp_path)
 
 
