@@ -1,4 +1,4 @@
-"""GPT-2 against transformers' GPT2LMHeadModel."""
+"""GPT and GPT-2 against transformers' OpenAIGPTLMHeadModel and GPT2LMHeadModel."""
 
 import dataclasses
 
@@ -9,41 +9,60 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model
+from transformers import GenerationConfig, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from transformers import GPT2Config as HFGPT2Config
 
-from llm_anatomy.models import gpt2
+from llm_anatomy.models import gpt1, gpt2
+from llm_anatomy.models.gpt1 import GPT1, GPT1Config
 from llm_anatomy.models.gpt2 import GPT2, GPT2Config
+from llm_anatomy.weights import Pretrained
 from tests import parity
 
 B, T, V = 3, 7, 29
 EOS, PAD = 0, 28
-SMALL = GPT2Config(vocab_size=V, n_layers=2, n_heads=4, d_model=24, d_ff=20, n_positions=24)
+SIZES = {"vocab_size": V, "n_layers": 2, "n_heads": 4, "d_model": 24, "n_positions": 24}
+SMALL = {GPT1: GPT1Config(**SIZES), GPT2: GPT2Config(**SIZES, d_ff=20)}
+THEIRS = {
+    GPT1: (OpenAIGPTLMHeadModel, OpenAIGPTConfig),
+    GPT2: (GPT2LMHeadModel, HFGPT2Config),
+}
+each_model = pytest.mark.parametrize("ours_class", [GPT1, GPT2])
 
 
 @st.composite
-def gpt2_configs(draw) -> HFGPT2Config:
+def sizes(draw) -> dict[str, object]:
+    """Of their configs, which have these names in common; `n_inner` is GPT-2's alone."""
     n_heads = draw(st.sampled_from([1, 2, 3]))
-    return HFGPT2Config(
+    return {
+        "n_positions": draw(st.integers(16, 24)),
+        "n_embd": n_heads * draw(st.sampled_from([4, 6])),
+        "n_layer": draw(st.integers(1, 3)),
+        "n_head": n_heads,
+        "n_inner": draw(st.sampled_from([None, 10])),
+        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
+    }
+
+
+def build(ours_class: type[Pretrained], sizes: dict[str, object]):
+    theirs_class, config_class = THEIRS[ours_class]
+    if ours_class is GPT1:
+        sizes = {name: value for name, value in sizes.items() if name != "n_inner"}
+    config = config_class(
         vocab_size=V,
-        n_positions=draw(st.integers(16, 24)),
-        n_embd=n_heads * draw(st.sampled_from([4, 6])),
-        n_layer=draw(st.integers(1, 3)),
-        n_head=n_heads,
-        n_inner=draw(st.sampled_from([None, 10])),
-        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-3])),
         resid_pdrop=0.3,
         embd_pdrop=0.2,
         attn_pdrop=0.4,
         bos_token_id=EOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
+        **sizes,
     )
+    return parity.randomise(theirs_class(config))
 
 
-def gpt2_twins(config: HFGPT2Config, dtype: torch.dtype = torch.float32):
-    theirs = parity.randomise(GPT2LMHeadModel(config))
-    return theirs.to(dtype), parity.twin(theirs, GPT2).to(dtype)
+def twins(ours_class: type[Pretrained], sizes, dtype: torch.dtype = torch.float32):
+    theirs = build(ours_class, sizes)
+    return theirs.to(dtype), parity.twin(theirs, ours_class).to(dtype)
 
 
 def some_tokens(T: int = T) -> Tensor:
@@ -70,25 +89,30 @@ def their_arguments(keep: Tensor | None) -> dict[str, Tensor]:
 
 paddings = st.sampled_from(["none", "right", "left"])
 
-# --- GPT-2: parity --------------------------------------------------------------------------------
+# --- Parity ---------------------------------------------------------------------------------------
 
 
+@each_model
 @parity.examples(12)
-@given(gpt2_configs(), paddings, parity.dtypes)
-def test_gpt2_logits(config, padding, dtype):
-    theirs, ours = gpt2_twins(config, dtype)
+@given(sizes(), paddings, parity.dtypes)
+def test_logits(ours_class, sizes, padding, dtype):
+    theirs, ours = twins(ours_class, sizes, dtype)
     tokens, keep = some_tokens(), keep_of(padding)
     got, want = ours(tokens, keep), theirs(tokens, **their_arguments(keep)).logits
     real = slice(None) if keep is None else keep
     torch.testing.assert_close(got[real], want[real], **parity.TOLERANCE[dtype])
 
 
+@each_model
 @parity.examples(12)
-@given(gpt2_configs(), paddings, parity.dtypes)
-def test_gpt2_loss_and_gradients(config, padding, dtype):
-    theirs, ours = gpt2_twins(config, dtype)
+@given(sizes(), paddings, parity.dtypes)
+def test_loss_and_gradients(ours_class, sizes, padding, dtype):
+    theirs, ours = twins(ours_class, sizes, dtype)
     tokens, keep = some_tokens(), keep_of(padding)
-    labels = tokens if keep is None else tokens.masked_fill(~keep, -100)
+    labels = tokens
+    if keep is not None:  # what follows padding has nothing to be predicted from
+        follows = F.pad(keep, (1, -1), value=True)
+        labels = tokens.masked_fill(~(keep & follows), -100)
     output = theirs(tokens, labels=labels, **their_arguments(keep))
     loss = parity.mean_loss(ours(tokens, keep)[:, :-1], labels[:, 1:])
     torch.testing.assert_close(loss.float(), output.loss)  # theirs is computed in float32
@@ -97,11 +121,12 @@ def test_gpt2_loss_and_gradients(config, padding, dtype):
     parity.check_gradients(ours, theirs, **parity.TOLERANCE[dtype])
 
 
+@each_model
 @parity.examples(4)
-@given(gpt2_configs())
-def test_gpt2_drops_what_theirs_drops(config):
+@given(sizes())
+def test_drops_what_theirs_drops(ours_class, sizes):
     """With the same seed the same features are dropped, in the same order."""
-    theirs, ours = (model.train() for model in gpt2_twins(config))
+    theirs, ours = (model.train() for model in twins(ours_class, sizes))
     tokens = some_tokens()
     torch.manual_seed(1)
     want = theirs(tokens).logits
@@ -109,12 +134,15 @@ def test_gpt2_drops_what_theirs_drops(config):
     torch.testing.assert_close(ours(tokens), want)
 
 
+@each_model
 @torch.no_grad()
 @parity.examples(12)
-@given(gpt2_configs(), st.sampled_from(["none", "left"]), st.sampled_from(["no", "grown", "fixed"]))
-def test_gpt2_greedy_generation(config, padding, cache):
+@given(sizes(), st.sampled_from(["none", "left"]), st.sampled_from(["no", "grown", "fixed"]))
+def test_greedy_generation(ours_class, sizes, padding, cache):
     """No token twice in a row of the batch: a random model would repeat its first one for ever."""
-    theirs, ours = gpt2_twins(config)
+    if ours_class is GPT1:  # their generate() ignores the padding of this model
+        padding = "none"
+    theirs, ours = twins(ours_class, sizes)
     tokens, keep = some_tokens(4), keep_of(padding, 4)
     if keep is not None:
         tokens = tokens.masked_fill(~keep, PAD)
@@ -140,37 +168,44 @@ def test_gpt2_greedy_generation(config, padding, cache):
     assert torch.equal(got, expected)
 
 
+@each_model
 @parity.examples(3)
-@given(gpt2_configs())
-def test_gpt2_round_trips(config):
-    parity.check_round_trips(parity.randomise(GPT2LMHeadModel(config)), GPT2)
+@given(sizes())
+def test_round_trips(ours_class, sizes):
+    parity.check_round_trips(build(ours_class, sizes), ours_class)
 
 
-def test_a_file_as_openai_s_holds_the_model_without_its_prefix_and_the_masks(tmp_path):
-    config = HFGPT2Config(vocab_size=V, n_positions=24, n_embd=12, n_layer=2, n_head=3)
-    theirs = parity.randomise(GPT2LMHeadModel(config))
+@each_model
+def test_a_file_as_openai_s_holds_the_model_without_its_prefix_and_the_masks(ours_class, tmp_path):
+    sizes = {"n_positions": 24, "n_embd": 12, "n_layer": 2, "n_head": 3}
+    theirs = build(ours_class, sizes)
     theirs.transformer.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    assert set(tensors) == set(GPT2Model(theirs.config).state_dict()), "no name has a prefix"
+    assert not any(name.startswith("transformer.") for name in tensors)
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
-    tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    if ours_class is GPT1:
+        tensors["position_ids"] = torch.arange(24)
+    else:
+        tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
     save_file(tensors, path)
     tokens = some_tokens()
-    torch.testing.assert_close(GPT2.from_pretrained(tmp_path)(tokens), theirs(tokens).logits)
+    torch.testing.assert_close(ours_class.from_pretrained(tmp_path)(tokens), theirs(tokens).logits)
 
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
     [
+        (gpt1.GPT1_BASE, 116_534_784),
         (gpt2.GPT2_SMALL, 124_439_808),
         (gpt2.GPT2_MEDIUM, 354_823_168),
         (gpt2.GPT2_LARGE, 774_030_080),
         (gpt2.GPT2_XL, 1_557_611_200),
     ],
 )
-def test_parameter_counts_of_the_published_gpt2(config, parameters):
-    assert parity.count(lambda: GPT2(config)) == parameters
+def test_parameter_counts_of_the_published_models(config, parameters):
+    ours_class = GPT1 if isinstance(config, GPT1Config) else GPT2
+    assert parity.count(lambda: ours_class(config)) == parameters
 
 
 def test_gpt3_has_175_billion_parameters():
@@ -181,16 +216,16 @@ def test_gpt3_has_175_billion_parameters():
     assert gpt2.GPT3.d_model // gpt2.GPT3.n_heads == 128
 
 
-# --- GPT-2: invariants ----------------------------------------------------------------------------
+# --- Invariants -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def model() -> GPT2:
-    return parity.randomise(GPT2(SMALL))
+@pytest.fixture(params=[GPT1, GPT2])
+def model(request) -> GPT1 | GPT2:
+    return parity.randomise(request.param(SMALL[request.param]))
 
 
 @torch.no_grad()
-def test_gpt2_does_not_see_a_later_token(model):
+def test_no_position_sees_a_later_token(model):
     tokens = some_tokens()
     before = model(tokens)
     for t in range(1, T):
@@ -203,7 +238,7 @@ def test_gpt2_does_not_see_a_later_token(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_reaches_nothing_in_gpt2(model, side):
+def test_padding_reaches_nothing(model, side):
     tokens = some_tokens()
     alone = model(tokens)
     pads, none = torch.full((B, 4), PAD), torch.zeros(B, 4, dtype=torch.bool)
@@ -219,17 +254,17 @@ def test_padding_reaches_nothing_in_gpt2(model, side):
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("sizes", [[1] * T, [2, 5], [6, 1], [T]])
 @pytest.mark.parametrize("capacity", [None, T, 20])
-def test_gpt2_with_caches_equals_gpt2_without(model, padding, sizes, capacity):
+def test_cached_equals_uncached(model, padding, sizes, capacity):
     tokens, keep = some_tokens(), keep_of(padding)
     caches, parts = model.new_caches(capacity), []
     for part in tokens.split(sizes, dim=1):
         end = len(caches[0]) + part.shape[1]
         parts.append(model(part, None if keep is None else keep[:, :end], caches))
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens, keep))
-    assert [len(cache) for cache in caches] == [T] * SMALL.n_layers
+    assert [len(cache) for cache in caches] == [T] * 2
 
 
-def test_every_parameter_of_gpt2_gets_a_gradient(model):
+def test_every_parameter_gets_a_gradient(model):
     model.double()(some_tokens()).square().sum().backward()
     for name, p in model.named_parameters():
         moved = p.grad.abs().max()
@@ -239,7 +274,7 @@ def test_every_parameter_of_gpt2_gets_a_gradient(model):
 
 def test_gpt2_starts_as_openai_s_code_does():
     """Section 2.3: what ends in the residual stream is scaled by 1/sqrt(N), N such summands."""
-    state = GPT2(dataclasses.replace(SMALL, d_model=96, d_ff=384, n_layers=8)).state_dict()
+    state = GPT2(dataclasses.replace(SMALL[GPT2], d_model=96, d_ff=384, n_layers=8)).state_dict()
     assert state["blocks.3.ffn.up_proj.weight"].std() == pytest.approx(0.02, rel=0.05)
     for name in ("attention.o_proj", "ffn.down_proj"):
         std = state[f"blocks.3.{name}.weight"].std()
@@ -247,11 +282,11 @@ def test_gpt2_starts_as_openai_s_code_does():
         assert not state[f"blocks.3.{name}.bias"].any()
 
 
-# --- GPT-2: bad input -----------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [-1, V])
-def test_gpt2_and_tokens_outside_the_vocabulary(model, bad):
+def test_tokens_outside_the_vocabulary(model, bad):
     tokens = some_tokens()
     tokens[1, 2] = bad
     with pytest.raises(ValueError, match=f"token ids must lie between 0 and 28; got .*{bad}"):
@@ -259,12 +294,12 @@ def test_gpt2_and_tokens_outside_the_vocabulary(model, bad):
 
 
 @pytest.mark.parametrize("shape", [(B, 0), (0, T)])
-def test_gpt2_and_an_empty_prompt(model, shape):
+def test_an_empty_prompt(model, shape):
     with pytest.raises(ValueError, match="the prompt is empty: it has shape"):
         model(torch.zeros(shape, dtype=torch.long))
 
 
-def test_gpt2_and_more_than_its_context(model):
+def test_more_than_its_context(model):
     with pytest.raises(ValueError, match="25 positions are needed, but the model has 24"):
         model(some_tokens(25))
     caches = model.new_caches()
@@ -273,12 +308,12 @@ def test_gpt2_and_more_than_its_context(model):
         model(some_tokens(5), caches=caches)
 
 
-def test_gpt2_and_a_keep_of_the_wrong_width(model):
+def test_a_keep_of_the_wrong_width(model):
     with pytest.raises(ValueError, match=r"column for each of the 7 positions.* shape \(3, 6\)"):
         model(some_tokens(), keep_of("right")[:, :6])
 
 
-def test_gpt2_and_a_full_cache(model):
+def test_a_full_cache(model):
     with pytest.raises(ValueError, match="the cache is full"):
         model(some_tokens(), caches=model.new_caches(6))
 
@@ -297,4 +332,18 @@ def test_gpt2_and_a_full_cache(model):
 @pytest.mark.usefixtures("unchecked")
 def test_gpt2_configs_that_are_another_model(change, message):
     with pytest.raises(ValueError, match=message):
-        GPT2.config_from_hf(GPT2.config_to_hf(SMALL) | change)
+        GPT2.config_from_hf(GPT2.config_to_hf(SMALL[GPT2]) | change)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"afn": "relu"}, "afn to 'relu'; this model supports 'gelu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings to False"),
+        ({"n_layer": -1}, "n_layers must not be negative, got -1"),
+    ],
+)
+def test_gpt1_configs_that_are_another_model(change, message):
+    with pytest.raises(ValueError, match=message):
+        GPT1.config_from_hf(GPT1.config_to_hf(SMALL[GPT1]) | change)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -30,6 +30,19 @@ def check_context(needed: int, n_positions: int) -> None:
     """
     if needed > n_positions:
         raise ValueError(f"{needed} positions are needed, but the model has {n_positions}")
+
+
+def check_keep(keep: Bool[Tensor, "B S"], needed: int) -> None:
+    """Check that it is said of every position, those in the caches included, whether it is real.
+
+    Raises:
+        ValueError: `keep` has another width.
+    """
+    if keep.shape[1] != needed:
+        raise ValueError(
+            f"keep must have a column for each of the {needed} positions, those in the caches "
+            f"included; it has shape {tuple(keep.shape)}"
+        )
 
 
 def check_options(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:

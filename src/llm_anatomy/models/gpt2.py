@@ -17,8 +17,9 @@ from llm_anatomy import masks
 from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.feedforward import FeedForward, gelu_tanh
-from llm_anatomy.models.checks import check_context, check_options, check_tokens
-from llm_anatomy.weights import Fused, Pretrained, Rename, Rule, State, check_fields
+from llm_anatomy.models.checks import check_context, check_keep, check_options, check_tokens
+from llm_anatomy.models.gpt1 import block_rules, with_prefix
+from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class GPT2(Pretrained):
         check_tokens(tokens, self.config.vocab_size)
         positions = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)  # (T,)
         if keep is not None:
-            _check_keep(keep, positions)
+            check_keep(keep, offset + tokens.shape[1])
             positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, offset:]  # (B, T)
         check_context(int(positions.max()) + 1, self.config.n_positions)
         return self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
@@ -215,13 +216,7 @@ class GPT2(Pretrained):
             Rename("transformer.ln_f.bias", "norm.bias"),
         ]
         for i in range(config.n_layers):
-            theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
-            for their_name, our_name in (("ln_1", "attention_norm"), ("ln_2", "ffn_norm")):
-                for kind in ("weight", "bias"):
-                    rules.append(
-                        Rename(f"{theirs}.{their_name}.{kind}", f"{ours}.{our_name}.{kind}")
-                    )
-            rules += conv1d_rules(theirs, ours)
+            rules += block_rules(f"transformer.h.{i}", f"blocks.{i}")
         return rules
 
     @staticmethod
@@ -230,49 +225,3 @@ class GPT2(Pretrained):
 
     def load_hf(self, state: Mapping[str, Tensor]) -> "GPT2":
         return super().load_hf(with_prefix(state))
-
-
-def conv1d_rules(theirs: str, ours: str) -> list[Rule]:
-    """The linear layers of a GPT block: OpenAI stores them as (in, out), with Q, K and V in one."""
-    qkv = [f"{ours}.attention.{name}_proj" for name in "qkv"]
-    rules: list[Rule] = [
-        Fused(
-            f"{theirs}.attn.c_attn.weight",
-            tuple(f"{name}.weight" for name in qkv),
-            "i (r o) -> r o i",
-            "r o i -> (r o) i",
-            (1, 1, 1),
-        ),
-        Fused(
-            f"{theirs}.attn.c_attn.bias",
-            tuple(f"{name}.bias" for name in qkv),
-            "(r o) -> r o",
-            "r o -> (r o)",
-            (1, 1, 1),
-        ),
-    ]
-    for their_name, our_name in (
-        ("attn.c_proj", "attention.o_proj"),
-        ("mlp.c_fc", "ffn.up_proj"),
-        ("mlp.c_proj", "ffn.down_proj"),
-    ):
-        rules += [
-            Rename(f"{theirs}.{their_name}.weight", f"{ours}.{our_name}.weight", "i o -> o i"),
-            Rename(f"{theirs}.{their_name}.bias", f"{ours}.{our_name}.bias"),
-        ]
-    return rules
-
-
-def with_prefix(state: Mapping[str, Tensor]) -> State:
-    """Name every tensor as the language model does: OpenAI's files lack the `transformer.`."""
-    if any(name.startswith("transformer.") for name in state):
-        return dict(state)
-    return {name if "lm_head" in name else f"transformer.{name}": t for name, t in state.items()}
-
-
-def _check_keep(keep: Tensor, positions: Tensor) -> None:
-    if keep.shape[1] != positions[-1] + 1:
-        raise ValueError(
-            f"keep must have a column for each of the {int(positions[-1]) + 1} positions, those in "
-            f"the caches included; it has shape {tuple(keep.shape)}"
-        )
