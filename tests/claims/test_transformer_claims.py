@@ -1,14 +1,28 @@
 """The sources' claims on the Transformer, executed. The ledger is claims.yml."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from pybtex.database import parse_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.claims import tiny
+
+# --- who, and when ------------------------------------------------------------------------------
+
+
+def test_the_paper_and_its_year() -> None:
+    """C059: the paper that every chapter cites, as the bibliography has it."""
+    path = Path(__file__).resolve().parents[2] / "references.bib"
+    entry = parse_file(str(path)).entries["vaswani2017attention"]
+    assert entry.fields["title"] == "Attention Is All You Need"
+    assert entry.fields["year"] == "2017"
+    assert str(entry.persons["author"][0]) == "Vaswani, Ashish"
+
 
 # --- which models have what -----------------------------------------------------------------------
 
