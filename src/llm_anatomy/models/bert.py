@@ -171,11 +171,12 @@ class BertPretrained(Pretrained):
 
     model_type = "bert"
     hf_ignored = (".position_ids",)
+    encoder: type[Bert] = Bert
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
-        self.bert = Bert(config)
+        self.bert = self.encoder(config)
 
     @staticmethod
     def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
@@ -238,8 +239,8 @@ class BertPretrained(Pretrained):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        if self.config.pad_id is not None:
-            nn.init.zeros_(self.bert.token_embedding.weight[self.config.pad_id])
+            elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
 
 
 class BertModel(BertPretrained):

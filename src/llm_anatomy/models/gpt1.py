@@ -1,8 +1,8 @@
 """GPT (Radford et al., 2018, "Improving Language Understanding by Generative Pre-Training").
 
 The decoder of the Transformer without an encoder to attend to: learned positions, GELU in its tanh
-form, and still a norm after each residual sum. It showed that a language model, pre-trained on
-text, can be fine-tuned to other tasks.
+form, and still a norm after each residual sum. Pre-trained as a language model, then fine-tuned to
+each task.
 """
 
 from collections.abc import Mapping
