@@ -21,7 +21,7 @@ from llm_anatomy.models.checks import check_context, check_options, check_tokens
 from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
 
 OFFSET = 2
-"""The first position has the third vector: positions are numbered after the padding id, as in RoBERTa."""
+"""The first position has the third vector: as in RoBERTa, numbers start after the padding id, 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
