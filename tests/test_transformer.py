@@ -146,6 +146,15 @@ def test_loss_and_gradients_are_marian_s(twins, source, target, keep, padded, dt
         )
 
 
+def test_dropout_is_where_marian_has_it(twins, source, target):
+    """The same seed drops the same numbers in both, if both draw them in the same places."""
+    theirs, ours = (model.train() for model in twins)
+    torch.manual_seed(5)
+    expected = theirs(input_ids=source, decoder_input_ids=target).logits
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours(source, target), expected)
+
+
 def greedy(
     model: Transformer, source: Tensor, keep: Tensor | None, n: int, capacity: int | None
 ) -> Tensor:
@@ -348,6 +357,23 @@ def test_dropout_acts_in_training_alone(model, source, target):
     assert torch.equal(model(source, target), model(source, target))
     trained = copy.deepcopy(model).train()
     assert not torch.allclose(trained(source, target), trained(source, target))
+
+
+@pytest.mark.parametrize("model_class", [Transformer, PreNormTransformer])
+def test_fresh_weights(model_class):
+    """Scaled embeddings of variance 1, matrices after Glorot and Bengio, neutral norms."""
+    config = TransformerConfig(vocab_size=300, d_model=64, d_ff=96, n_encoder_layers=1)
+    model = model_class(config)
+    for name, p in model.named_parameters():
+        if name == "token_embedding.weight":
+            assert p.std().item() * 8 == pytest.approx(1, abs=0.03)
+        elif p.ndim == 2:
+            bound = (6 / sum(p.shape)) ** 0.5
+            assert 0.95 * bound < p.abs().max() <= bound, name
+        elif "norm.weight" in name:
+            assert (p == 1).all(), name
+        elif "norm.bias" in name:
+            assert (p == 0).all(), name
 
 
 @pytest.mark.parametrize(

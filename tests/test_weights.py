@@ -49,10 +49,11 @@ def rewrite(folder, change) -> None:
 
 
 def test_rename_changes_name_and_layout_and_back():
-    rule = Rename("a.weight", "b.weight", "i o -> o i")
-    theirs = {"a.weight": torch.randn(3, 5)}
+    """Three axes turned round: a transposition would be its own way back."""
+    rule = Rename("a.weight", "b.weight", "h i o -> o h i")
+    theirs = {"a.weight": torch.randn(2, 3, 5)}
     ours = from_hf(theirs, [rule])
-    assert torch.equal(ours["b.weight"], theirs["a.weight"].T)
+    assert torch.equal(ours["b.weight"], theirs["a.weight"].permute(2, 0, 1))
     assert torch.equal(to_hf(ours, [rule])["a.weight"], theirs["a.weight"])
 
 
