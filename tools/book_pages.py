@@ -203,9 +203,10 @@ def mark_chinese(app: Sphinx, doctree: nodes.document, page: str) -> None:
 
 def visit_entry(translator: HTML5Translator, node: nodes.entry) -> None:
     """Write a cell of a table; an empty corner is no header, for it names nothing."""
+    start = len(translator.body)
     HTML5Translator.visit_entry(translator, node)
-    if not node.astext().strip() and translator.body[-1].startswith("<th"):
-        translator.body[-1] = "<td" + translator.body[-1].removeprefix("<th")
+    if not node.astext().strip() and translator.body[start].startswith("<th"):
+        translator.body[start] = "<td" + translator.body[start].removeprefix("<th")
         translator.context[-1] = translator.context[-1].replace("</th>", "</td>")
 
 
