@@ -289,6 +289,8 @@ def test_more_positions_than_the_model_has(model):
         ({"normalize_embedding": False}, "normalize_embedding to False"),
         ({"add_final_layer_norm": True}, "add_final_layer_norm to True"),
         ({"static_position_embeddings": True}, "static_position_embeddings to True"),
+        ({"encoder_layerdrop": 0.1}, r"encoder_layerdrop to 0\.1"),
+        ({"decoder_layerdrop": 0.1}, r"decoder_layerdrop to 0\.1"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings to False"),
         ({"decoder_ffn_dim": 7}, "encoder and decoder must have the same d_ff"),
         ({"decoder_attention_heads": 2}, "encoder and decoder must have the same n_heads"),

@@ -44,6 +44,7 @@ def bert_configs(draw) -> HFBertConfig:
         layer_norm_eps=draw(st.sampled_from([1e-12, 1e-3])),
         hidden_dropout_prob=0.3,
         attention_probs_dropout_prob=0.2,
+        classifier_dropout=draw(st.sampled_from([None, 0.5])),
         num_labels=draw(st.sampled_from([2, 4])),
         pad_token_id=draw(st.sampled_from([PAD, None])),
     )

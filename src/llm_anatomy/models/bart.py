@@ -250,6 +250,8 @@ class Bart(Pretrained):
                 "normalize_embedding": (True,),
                 "add_final_layer_norm": (False,),
                 "static_position_embeddings": (False,),
+                "encoder_layerdrop": (0.0,),
+                "decoder_layerdrop": (0.0,),
                 "tie_word_embeddings": (True,),
             },
         )

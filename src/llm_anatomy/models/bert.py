@@ -2,10 +2,11 @@
 
 Positions are learned, a third embedding says which of two segments a token is in, and GELU replaces
 ReLU. Pre-training fills masked tokens in and judges whether the second segment follows the first;
-every other task takes the same encoder, `bert`, under a small head:
+every other task takes the same encoder under a small head of its own:
 
-    model = BertForSequenceClassification(config)
-    model.bert = BertForPreTraining.from_pretrained(folder).bert
+    pretrained = BertForPreTraining.from_pretrained(folder)
+    model = BertForSequenceClassification(pretrained.config)
+    model.bert, model.pooler = pretrained.bert, pretrained.pooler
 """
 
 from collections.abc import Mapping
@@ -28,8 +29,8 @@ from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
 class BertConfig:
     """BERT-base, uncased, unless told otherwise.
 
-    Reading the token `pad_id` does not train its vector. `n_labels` is the number of classes that
-    a classification head tells apart.
+    Reading the token `pad_id` does not train its vector. A classification head tells `n_labels`
+    classes apart and drops a share `head_dropout` of what it reads.
 
     Raises:
         ValueError: a field has another type than it states or is negative, or `pad_id` lies outside
@@ -46,6 +47,7 @@ class BertConfig:
     n_labels: int = 2
     attention_dropout: float = 0.1
     dropout: float = 0.1
+    head_dropout: float = 0.1
     eps: float = 1e-12
     pad_id: int | None = 0
 
@@ -189,6 +191,7 @@ class BertPretrained(Pretrained):
                 "tie_word_embeddings": (True,),
             },
         )
+        head_dropout = hf.get("classifier_dropout")
         return BertConfig(
             vocab_size=hf["vocab_size"],
             n_layers=hf["num_hidden_layers"],
@@ -200,6 +203,7 @@ class BertPretrained(Pretrained):
             n_labels=len(hf.get("id2label") or range(2)),  # not stored where there are two
             attention_dropout=hf["attention_probs_dropout_prob"],
             dropout=hf["hidden_dropout_prob"],
+            head_dropout=hf["hidden_dropout_prob"] if head_dropout is None else head_dropout,
             eps=hf["layer_norm_eps"],
             pad_id=hf.get("pad_token_id", 0),
         )
@@ -221,6 +225,7 @@ class BertPretrained(Pretrained):
             "hidden_act": "gelu",
             "attention_probs_dropout_prob": config.attention_dropout,
             "hidden_dropout_prob": config.dropout,
+            "classifier_dropout": config.head_dropout,
             "layer_norm_eps": config.eps,
             "pad_token_id": config.pad_id,
         }
@@ -346,7 +351,7 @@ class BertForSequenceClassification(BertPretrained):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.d_model, config.n_labels)
         self.initialise()
 
@@ -372,7 +377,7 @@ class BertForTokenClassification(BertPretrained):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.d_model, config.n_labels)
         self.initialise()
 

@@ -104,7 +104,7 @@ class RobertaForSequenceClassification(BertPretrained):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.d_model, config.n_labels)
         self.initialise()
 
