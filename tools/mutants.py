@@ -42,7 +42,7 @@ PRELOADED = [
 ]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)
-TESTS_FAILED, INTERRUPTED, NO_TESTS = 1, 2, 5  # pytest's exit statuses
+TESTS_FAILED, INTERRUPTED, NO_TESTS, CRASHED = 1, 2, 5, -1  # pytest's exit statuses, and none
 
 
 class MutantError(Exception):
@@ -114,8 +114,9 @@ def pytest(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[
     """
     command = ["-q", "-x", "--color=no", "--tb=line", "-p", "no:cacheprovider", *tests]
     with tempfile.TemporaryDirectory() as scratch:
-        said = Path(scratch) / "said.txt"
-        run = FORKS.Process(target=_pytest, args=(folder, command, said))
+        # the status goes through a file: two threads that wait may take each other's exit code
+        said, ended = Path(scratch) / "said.txt", Path(scratch) / "status.txt"
+        run = FORKS.Process(target=_pytest, args=(folder, command, said, ended))
         run.start()
         run.join(TIMEOUT_SECONDS)
         if run.is_alive():
@@ -123,11 +124,12 @@ def pytest(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[
             run.join()
             raise subprocess.TimeoutExpired(command, TIMEOUT_SECONDS)
         text = said.read_text(encoding="utf-8") if said.exists() else ""
-        return subprocess.CompletedProcess(command, run.exitcode, text)
+        status = int(ended.read_text()) if ended.exists() else CRASHED
+        return subprocess.CompletedProcess(command, status, text)
 
 
-def _pytest(folder: Path, command: list[str], said: Path) -> None:
-    """In the fork: see the copy alone, and end with the exit status of pytest."""
+def _pytest(folder: Path, command: list[str], said: Path, ended: Path) -> None:
+    """In the fork: see the copy alone, run, and leave the output and the exit status."""
     out = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -136,6 +138,7 @@ def _pytest(folder: Path, command: list[str], said: Path) -> None:
     ours = {ROOT, ROOT / "src", ROOT / "tools"}
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in ours]
     status = importlib.import_module("pytest").main(command)
+    ended.write_text(str(int(status)))
     sys.stdout.flush()
     os._exit(status)
 

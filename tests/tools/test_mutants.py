@@ -59,11 +59,19 @@ def test_a_bug_that_no_test_sees_survives(repository: Path, capsys):
         ({"new": "return 0", "old": "return x + x"}, "does not apply"),
         ({"new": "return 0", "tests": "tests/test_gone.py"}, "red without any mutant"),
         ({"new": "return (", "tests": "tests/test_double.py"}, "could not be collected"),
+        ({"new": "import os; os.abort()"}, "could not run"),
     ],
 )
 def test_what_proves_nothing_is_red(repository: Path, capsys, change: dict, why: str):
     code, said = judged(repository, capsys, **change)
     assert code == 1 and why in said
+
+
+def test_a_bug_that_hangs_is_stopped(repository: Path, capsys, monkeypatch):
+    monkeypatch.setattr(mutants, "TIMEOUT_SECONDS", 1)
+    monkeypatch.setattr(mutants, "baseline", lambda root, judged: "")
+    code, said = judged(repository, capsys, new="import time; time.sleep(60)")
+    assert code == 0 and "stopped after 1 s" in said
 
 
 def test_red_tests_prove_nothing(repository: Path, capsys):
