@@ -49,6 +49,7 @@ def gallery() -> dict[str, figures.Figure]:
         "temperature": figures.softmax_temperature(torch.tensor([1.0, 2.0, 4.0]), TOKENS),
         "masks": figures.mask_gallery(4),
         "positions": figures.position_similarity(SCHEMES),
+        "depth": figures.depth_explorer(lambda a: torch.logspace(-3, 0, 6), {"net": ["a", "b"]}),
         "frames": figures.frames(["<p>A", "<p>B", "<p>C"], "page", about="Three pages."),
         "grid": figures.grid_of_frames(
             lambda a, b, c: f"<p>{a}{b}{c}",

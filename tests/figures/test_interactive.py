@@ -169,6 +169,7 @@ FIGURES = {
     "masks": lambda: figures.mask_gallery(3, tokens=TOKENS, n_padding=1),
     "painter": lambda: figures.mask_painter(torch.zeros(3, 3), TOKENS),
     "positions": lambda: figures.position_similarity({"<cat>": torch.eye(3)}),
+    "depth": lambda: figures.depth_explorer(lambda a: torch.ones(3), {"a": ["<cat>", "b"]}),
 }
 
 
@@ -333,6 +334,61 @@ def test_position_similarity_shows_the_row_and_whether_only_the_offset_counts():
 def test_position_similarity_refuses(schemes, positions, message):
     with pytest.raises(ValueError, match=message):
         figures.position_similarity(schemes, positions)
+
+
+def depth(*values: float, **options: object) -> str:
+    """The one page of a figure that shows these values."""
+    norms = lambda name: torch.tensor(values)  # noqa: E731
+    return html(figures.depth_explorer(norms, {"net": ["deep"]}, **options))[0]
+
+
+def test_depth_explorer_draws_each_layer_on_a_logarithmic_axis():
+    page = depth(1e-4, 1e-2, 1.0, decades=4)
+    points = [point.split(",") for point in re.findall(r'points="([^"]+)"', page)[0].split()]
+    across, down = ([float(point[axis]) for point in points] for axis in (0, 1))
+    assert across[1] - across[0] == across[2] - across[1] > 0
+    assert down[0] - down[1] == pytest.approx(down[1] - down[2]) and down[0] > down[2]
+    assert re.findall(r"<tr><td>(\d)<td>(\S+?)(?=<)", page) == [
+        *(("0", "1.0e-04"), ("1", "1.0e-02"), ("2", "1.0e+00"))
+    ]
+    assert "a layer multiplies it by 0.01 on average" in page
+
+
+def test_depth_explorer_keeps_what_is_beyond_the_axis_in_its_table():
+    page = depth(1e-9, 1.0, 1e9, decades=2)
+    edges = [
+        float(point.split(",")[1]) for point in re.findall(r'points="([^"]+)"', page)[0].split()
+    ]
+    assert edges == [138.0, 76.0, 14.0] and "1.0e-09" in page and "1.0e+09" in page
+
+
+def test_depth_explorer_says_where_nothing_arrives():
+    assert "exactly 0 somewhere" in depth(0.0, 0.0, 1.0)
+
+
+def test_depth_explorer_asks_for_every_combination():
+    asked = []
+
+    def norms(*options):
+        asked.append(options)
+        return torch.ones(2)
+
+    figures.depth_explorer(norms, {"a": ["x", "y"], "b": [1, 2, 3]}, start={"b": 2})
+    assert asked == list(itertools.product("xy", (1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("values", "decades", "message"),
+    [
+        ((1.0,), 3, "must be at least 2 numbers"),
+        ((1.0, -1.0), 3, "none negative"),
+        ((1.0, torch.inf), 3, r"the gradient norm for deep must be finite, but at index \(1,\)"),
+        ((1.0, 1.0), 0, "decades must be at least 1, got 0"),
+    ],
+)
+def test_depth_explorer_refuses(values, decades, message):
+    with pytest.raises(ValueError, match=message):
+        depth(*values, decades=decades)
 
 
 # The one that computes
