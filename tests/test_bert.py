@@ -290,6 +290,15 @@ def test_segments_that_do_not_exist(model, bad):
         model(tokens, segments, keep)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_keep_of_another_shape(model):
+    tokens, segments, keep = some_input()
+    message = r"keep must be boolean and of shape \(3, 7\).* it is torch"
+    for wrong in (keep[:, :6], keep[:2], keep.long()):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, segments, wrong)
+
+
 def test_an_empty_text(model):
     with pytest.raises(ValueError, match=r"is empty: it has shape \(3, 0\)"):
         model(torch.zeros(B, 0, dtype=torch.long))

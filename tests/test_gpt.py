@@ -308,9 +308,13 @@ def test_more_than_its_context(model):
         model(some_tokens(5), caches=caches)
 
 
-def test_a_keep_of_the_wrong_width(model):
-    with pytest.raises(ValueError, match=r"column for each of the 7 positions.* shape \(3, 6\)"):
-        model(some_tokens(), keep_of("right")[:, :6])
+@pytest.mark.usefixtures("unchecked")
+def test_a_keep_of_another_shape(model):
+    tokens, keep = some_tokens(), keep_of("right")
+    message = r"keep must be boolean and of shape \(3, 7\).* it is torch"
+    for wrong in (keep[:, :6], keep[:2], keep.long()):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, wrong)
 
 
 def test_a_full_cache(model):

@@ -314,6 +314,17 @@ def test_tokens_outside_the_vocabulary(model, bad):
         model(source, target, keep)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_keep_of_another_shape(model):
+    source, target, keep = some_input()
+    message = r"keep must be boolean and of shape \(3, 9\).* it is torch"
+    for wrong in (keep[:, :6], keep[:2], keep.long()):
+        with pytest.raises(ValueError, match=message):
+            model(source, target, wrong)
+        with pytest.raises(ValueError, match=message):
+            model.decode(target, model.encode(source), wrong)
+
+
 def test_an_empty_source_or_target(model):
     source, target, _ = some_input()
     with pytest.raises(ValueError, match=r"the source is empty: it has shape \(3, 0\)"):

@@ -17,7 +17,7 @@ from llm_anatomy import masks
 from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.feedforward import FeedForward
-from llm_anatomy.models.checks import check_context, check_options, check_tokens
+from llm_anatomy.models.checks import check_context, check_options, check_tokens, padding_mask
 from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
 
 OFFSET = 2
@@ -179,7 +179,7 @@ class Bart(Pretrained):
         self, source: Int[Tensor, "B S"], keep: Bool[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         """Read the source; `keep` is True at its real tokens."""
-        mask = None if keep is None else masks.padding(keep)
+        mask = padding_mask(keep, *source.shape)
         x = self.encoder_input(self.embed(source))
         for block in self.encoder:
             x = block(x, mask)
@@ -197,7 +197,7 @@ class Bart(Pretrained):
         T = target.shape[1]
         x = self.decoder_input(self.embed(target, "the target"), past)
         mask = masks.causal(T, past + T, device=target.device)
-        memory_mask = None if keep is None else masks.padding(keep)
+        memory_mask = padding_mask(keep, *memory.shape[:2])
         new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
         no_caches = [(None, None)] * len(self.decoder)
         for block, pair in zip(self.decoder, caches or no_caches, strict=True):

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llm_anatomy import masks
 from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.feedforward import FeedForward
-from llm_anatomy.models.checks import check_context, check_options, check_tokens
+from llm_anatomy.models.checks import check_context, check_options, check_tokens, padding_mask
 from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
 
 
@@ -128,7 +127,7 @@ class Bert(nn.Module):
         self, x: Float[Tensor, "B T D"], keep: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """Run the blocks; `keep` is True at real tokens."""
-        mask = None if keep is None else masks.padding(keep)
+        mask = padding_mask(keep, *x.shape[:2])
         for block in self.blocks:
             x = block(x, mask)
         return x

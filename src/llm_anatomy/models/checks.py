@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from llm_anatomy import masks
 
 
 def check_tokens(tokens: Int[Tensor, "B T"], vocab_size: int, name: str = "the prompt") -> None:
@@ -32,17 +35,31 @@ def check_context(needed: int, n_positions: int) -> None:
         raise ValueError(f"{needed} positions are needed, but the model has {n_positions}")
 
 
-def check_keep(keep: Bool[Tensor, "B S"], needed: int) -> None:
+def check_keep(keep: Bool[Tensor, "B S"], batch: int, needed: int) -> None:
     """Check that it is said of every position, those in the caches included, whether it is real.
 
     Raises:
-        ValueError: `keep` has another width.
+        ValueError: `keep` is not boolean or has another shape.
     """
-    if keep.shape[1] != needed:
+    if keep.dtype != torch.bool or keep.shape != (batch, needed):
         raise ValueError(
-            f"keep must have a column for each of the {needed} positions, those in the caches "
-            f"included; it has shape {tuple(keep.shape)}"
+            f"keep must be boolean and of shape {(batch, needed)}, a column for each position, "
+            f"those in the caches included; it is {keep.dtype} of shape {tuple(keep.shape)}"
         )
+
+
+def padding_mask(
+    keep: Bool[Tensor, "B S"] | None, batch: int, needed: int
+) -> Bool[Tensor, "B 1 1 S"] | None:
+    """Hide the padded keys from every query; where nothing is said, nothing is padded.
+
+    Raises:
+        ValueError: `keep` is not boolean or has another shape.
+    """
+    if keep is None:
+        return None
+    check_keep(keep, batch, needed)
+    return masks.padding(keep)
 
 
 def check_options(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:

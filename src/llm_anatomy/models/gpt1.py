@@ -104,13 +104,13 @@ class GPT1(Pretrained):
             offset: positions before these tokens, which a cache holds.
 
         Raises:
-            ValueError: there is no token, an id lies outside the vocabulary, or a position beyond
-                the context.
+            ValueError: there is no token, an id lies outside the vocabulary or a position beyond
+                the context, or `keep` has another shape.
         """
         check_tokens(tokens, self.config.vocab_size)
         positions = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)  # (T,)
         if keep is not None:
-            check_keep(keep, offset + tokens.shape[1])
+            check_keep(keep, tokens.shape[0], offset + tokens.shape[1])
             positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, offset:]  # (B, T)
         check_context(int(positions.max()) + 1, self.config.n_positions)
         return self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))

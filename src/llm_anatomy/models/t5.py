@@ -19,7 +19,7 @@ from llm_anatomy import masks
 from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.feedforward import FeedForward, GatedFeedForward, gelu_tanh
-from llm_anatomy.models.checks import check_options, check_tokens
+from llm_anatomy.models.checks import check_options, check_tokens, padding_mask
 from llm_anatomy.norms import RMSNorm
 from llm_anatomy.positions import RelativePositionBias
 from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
@@ -205,7 +205,7 @@ class T5(Pretrained):
         self, source: Int[Tensor, "B S"], keep: Bool[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         """Read the source; `keep` is True at its real tokens."""
-        mask = None if keep is None else masks.padding(keep)
+        mask = padding_mask(keep, *source.shape)
         x = self.embed(source)
         bias = self.encoder_bias(source.shape[1], source.shape[1])
         for block in self.encoder:
@@ -225,7 +225,7 @@ class T5(Pretrained):
         x = self.embed(target, "the target")
         bias = self.decoder_bias(T, past + T)
         mask = masks.causal(T, past + T, device=target.device)
-        memory_mask = None if keep is None else masks.padding(keep)
+        memory_mask = padding_mask(keep, *memory.shape[:2])
         new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
         no_caches = [(None, None)] * len(self.decoder)
         for block, pair in zip(self.decoder, caches or no_caches, strict=True):
