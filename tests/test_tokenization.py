@@ -345,6 +345,13 @@ def test_a_vocabulary_that_the_library_trained_is_used_alike(texts, tmp_path):
         assert ours.encode(text) == theirs.encode(text).ids
 
 
+def test_seeds_are_characters_and_what_occurs_twice():
+    seeds = seed_pieces({"abab": 1, "cd": 1}, 10)
+    assert seeds.keys() == {"a", "b", "c", "d", "ab"}
+    assert math.isclose(math.exp(seeds["ab"]), 4 / 10)  # covers four characters; a and b two each
+    assert seed_pieces({"abab": 1, "cd": 1}, 1).keys() == {"a", "b", "c", "d"}
+
+
 @corpora
 def test_the_log_likelihood_never_falls(texts):
     counts = Counter(word for text in texts for word in space_words(text))
