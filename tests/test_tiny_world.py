@@ -707,6 +707,8 @@ def test_what_cannot_be_is_refused():
         grammar.missing_words(("anna", None))
     with pytest.raises(ValueError, match=r"a rate in \(0, 1\] and at least 2 texts, got 0.0 and 9"):
         grammar.masked_entropy(0.0, 9)
+    with pytest.raises(ValueError, match="no word of 2 texts was hidden at rate 1e-09"):
+        grammar.masked_entropy(1e-9, 2)
     with pytest.raises(ValueError, match="no rule expands"):
         grammar.rules(("nonsense",))
     with pytest.raises(ValueError, match="expected 1 to 12 facts, got 13"):

@@ -15,6 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 Symbol = str | tuple  # a word, or a name with arguments that a rule expands
 State = tuple[Symbol, ...]
+Step = tuple[float, str, State]  # a probability, the word said, the state after it
 Beliefs = dict[State, float]
 
 
@@ -61,7 +62,7 @@ class Grammar:
         self._rules = rules
         self._expanded: dict[tuple, Sequence[Rule]] = {}
         self.start = start
-        self._steps: dict[State, list[tuple[float, str, State]]] = {}
+        self._steps: dict[State, list[Step]] = {(): []}
         self._totals: dict[State, tuple[float, float]] = {(): (0.0, 0.0)}
         self._cross: Entropy | None = None
 
@@ -85,7 +86,7 @@ class Grammar:
                 state = pick(rng, rule.variants) + rest
         return tuple(words)
 
-    def steps(self, state: State) -> list[tuple[float, str, State]]:
+    def steps(self, state: State) -> list[Step]:
         """Each possible next word, with its probability and the state after it."""
         if state not in self._steps:
             found: defaultdict[tuple[str, State], float] = defaultdict(float)
@@ -130,7 +131,7 @@ class Grammar:
         for word in words:
             new: defaultdict[State, float] = defaultdict(float)
             for state, weight in beliefs[-1].items():
-                for p, said, after in self.steps(state) if state else ():
+                for p, said, after in self.steps(state):
                     if word is None or said == word:
                         new[after] += weight * p
             beliefs.append(dict(new))
@@ -184,24 +185,24 @@ class Grammar:
             ValueError: there is no such text.
         """
         before = self._read(words)
-        reach = [{self.start}]  # at each position the states with any one word changed before it
+        # At each position the states that any one word, changed before it, would lead to.
+        reach: list[dict[State, list[Step]]] = [{self.start: self.steps(self.start)}]
         for word, sure in zip(words, before, strict=False):
-            reach.append(
-                {
-                    after
-                    for state in reach[-1]
-                    for _, said, after in (self.steps(state) if state else ())
-                    if word in (None, said) or state in sure
-                }
-            )
+            afters = [
+                after
+                for state, steps in reach[-1].items()
+                for _, said, after in steps
+                if word in (None, said) or state in sure
+            ]
+            reach.append({state: self.steps(state) for state in afters})
         rest: Beliefs = {(): 1.0}  # probability of the words after a position, given the state
         found: list[dict[str, float]] = []
         for position in reversed(range(len(words))):
             here: Beliefs = {}
             said_here: defaultdict[str, float] = defaultdict(float)
-            for state in reach[position]:
+            for state, steps in reach[position].items():
                 weight = before[position].get(state, 0.0)
-                for p, word, after in self.steps(state) if state else ():
+                for p, word, after in steps:
                     if after in rest:
                         share = p * rest[after]
                         if weight:
@@ -238,11 +239,12 @@ class Grammar:
         entropy of the hidden words is exact.
 
         Returns:
-            The mean, in nats a hidden word, and its standard error: the truth lies within two of
-            them in 95 of 100 seeds.
+            The mean, in nats a hidden word, and its standard error: for about 95 of 100 seeds the
+            truth lies within two of them.
 
         Raises:
-            ValueError: the rate is not between 0 and 1, or fewer than two texts are asked for.
+            ValueError: the rate is not between 0 and 1, fewer than two texts are asked for, or no
+                word happened to be hidden.
         """
         if not 0 < rate <= 1 or n < 2:
             raise ValueError(f"expected a rate in (0, 1] and at least 2 texts, got {rate} and {n}")
@@ -253,6 +255,8 @@ class Grammar:
             qs = [q for q, w in zip(self.missing_words(words), words, strict=True) if w is None]
             nats.append(-sum(p * math.log(p) for q in qs for p in q.values()))
             hidden.append(len(qs))
+        if not any(hidden):
+            raise ValueError(f"no word of {n} texts was hidden at rate {rate}: ask for more texts")
         mean = sum(nats) / sum(hidden)
         spread = sum((a - mean * b) ** 2 for a, b in zip(nats, hidden, strict=True))
         return mean, math.sqrt(spread * n / (n - 1)) / sum(hidden)

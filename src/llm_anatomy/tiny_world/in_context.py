@@ -77,7 +77,7 @@ def in_context_optimum(n_shots: int) -> float:
         seen: defaultdict[Words, list[tuple[Task, float]]] = defaultdict(list)
         for task, p in TASKS:
             seen[tuple(task[animal] for animal in shown)].append((task, p))
-        for query in set(BIG + SMALL) - set(shown):
+        for query in (animal for animal in BIG + SMALL if animal not in shown):
             for fitting in seen.values():
                 answers: Counter[str] = Counter()
                 for task, p in fitting:
