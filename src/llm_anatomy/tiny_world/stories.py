@@ -2,8 +2,8 @@
 
     clara found a red kite in the park . she loved the kite because it was not new but fine .
 
-A story opens with an event, and each further sentence is one of three kinds, which cannot be told
-apart by counting words:
+A story opens with an event, and each further sentence is one of three kinds. What matters in them
+hangs on the order of the words, not on how often each occurs:
 
 * an opinion, where `not` may stand before the word of praise or before a neutral one;
 * a bank, of a river or for money, as the verb of its own clause says, on its left or on its right,

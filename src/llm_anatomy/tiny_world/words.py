@@ -1,4 +1,4 @@
-"""What can be said in the tiny world, in English and in a little Chinese, and the ids of the words.
+"""What can be said in the tiny world, in English and a little Chinese, and the ids of the words.
 
 A word is a token: chapters that are not about tokenization split at spaces.
 """
