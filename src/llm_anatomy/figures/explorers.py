@@ -408,7 +408,7 @@ def _depth_html(values: Sequence[float], name: str, quantity: str, decades: int)
     """Draw positive numbers over the layers on a logarithmic axis, with a table below."""
     last = len(values) - 1
 
-    def across(layer: float) -> float:
+    def across(layer: int | float) -> float:
         return round(48 + 256 * layer / last, 1)
 
     def down(value: float) -> float:
