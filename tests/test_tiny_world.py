@@ -209,6 +209,7 @@ def test_entropy_from_left_to_right_by_samples(n_more):
     assert abs(lengths.mean() - grammar.entropy().n_tokens) < 4 * lengths.std() / 20 + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_more", "n"), [(1, 200), (2, 40)])
 def test_entropy_from_both_sides_by_samples(n_more, n):
     grammar = {1: story_grammar(1), 2: STORIES}[n_more]
@@ -224,6 +225,7 @@ def test_entropy_from_both_sides_by_samples(n_more, n):
     assert abs(nats.mean() - grammar.cross_entropy().per_text) < 4 * error
 
 
+@pytest.mark.slow
 def test_the_optima_that_the_chapters_state():
     one, both = STORIES.entropy(), STORIES.cross_entropy()
     assert round(one.per_token, 4) == 0.7823

@@ -395,6 +395,13 @@ def test_pruning_keeps_characters_and_what_costs_most():
     assert list(prune(words, scores, 4))[-1] == "ab"
 
 
+def test_a_character_that_never_stands_alone_keeps_a_chance():
+    tokenizer = Unigram.train(["qua que qui"] * 20, 14)
+    floor = math.log(0.5 / (20 * 12))
+    assert tokenizer.scores[tokenizer.ids["q"]] >= floor - 1e-9
+    assert min(tokenizer.scores) == pytest.approx(floor)
+
+
 def test_unigram_training_comes_near_to_the_library():
     """The library's EM drops pieces on the way and subtracts a digamma term, its seeds and its cost
     of a piece differ a little: the vocabularies are not equal. Most words are cut alike, into as
