@@ -29,7 +29,7 @@ def embed_by_modules(tokens, segments, token_table, position_table, segment_tabl
 
 
 def count_by_powers(vocab_size, n_positions, n_segments, n_layers, d_model, d_ff):
-    """Sorted by powers of D: the pooler and each attention have squares, every row of a table one."""
+    """Sorted by powers of D: squares in attention and the pooler, then rows, then the rest."""
     squares = 1 + 4 * n_layers
     rows = vocab_size + n_positions + n_segments + 3 + n_layers * (2 * d_ff + 4 + 1 + 4)
     return squares * d_model**2 + rows * d_model + n_layers * d_ff
