@@ -164,8 +164,9 @@ def test_a_t5_tokenizer_without_its_file_knows_no_words() -> None:
     """C103: made without a vocabulary it has 104 special tokens, and every word is unknown."""
     tokenizer = transformers.T5Tokenizer()
     assert len(tokenizer) == 104
-    tokens = tokenizer.tokenize("translate English to German")
-    assert set(tokens) == {"▁", tokenizer.unk_token}
+    ids = tokenizer("translate English to German").input_ids
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert set(tokens) == {"▁", tokenizer.unk_token, tokenizer.eos_token}
 
 
 # --- encoder-decoder and prefix decoder ---------------------------------------------------------
