@@ -785,7 +785,8 @@ BEST_PRODUCTS = Exercise(
 `counts[i, j]` says how often word $i$ was seen with context $j$. With $K$ negatives for each seen
 pair, drawn in proportion to how often a context occurs, the expected loss is
 
-$$-\sum_{ij} p_{ij} \log \sigma(x_{ij}) + K\, p_i\, p_j \log \sigma(-x_{ij}) ,$$
+$$\begin{aligned} -\sum_{ij} \big[\, & p_{ij} \log \sigma(x_{ij}) \\
+& + K\, p_i\, p_j \log \sigma(-x_{ij}) \,\big] , \end{aligned}$$
 
 where $p_{ij}$ is the share of the pair among all pairs, $p_i$ and $p_j$ are the shares of its word
 and of its context, and $x_{ij} = w_i \cdot c_j$. With enough dimensions every $x_{ij}$ is free.
