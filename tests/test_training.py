@@ -1,6 +1,7 @@
 """Training: the loss and the schedules against their formulas, and runs that can be interrupted."""
 
 import copy
+import errno
 import itertools
 import math
 import shutil
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
@@ -292,6 +294,116 @@ def test_a_run_killed_while_saving_keeps_the_older_checkpoint(tmp_path, monkeypa
     again = toy(77)
     assert train(again, never, batch_at, 4, schedule, folder=tmp_path) == losses
     assert same(again, before)
+
+
+@pytest.mark.parametrize("killed_in", ["save_file", "replace"])
+def test_a_save_that_never_ends_leaves_a_run_to_go_on_from(tmp_path, monkeypatch, killed_in):
+    """Killed with half a file written, or with a whole one that has no name yet."""
+    whole, first = toy(1), toy(1)
+    torch.manual_seed(2)
+    expected = train(whole, loss_of, batch_at, 8, schedule)
+    torch.manual_seed(2)
+    train(first, loss_of, batch_at, 4, schedule, folder=tmp_path)
+
+    def killed(source, path):
+        if killed_in == "save_file":
+            path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    place = training if killed_in == "save_file" else training.os
+    with monkeypatch.context() as patch:
+        patch.setattr(place, killed_in, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(toy(77), loss_of, batch_at, 6, schedule, folder=tmp_path)
+    again = toy(78)
+    assert train(again, loss_of, batch_at, 8, schedule, folder=tmp_path) == expected
+    assert same(again, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
+def test_a_full_disk_is_reported_and_nothing_is_lost(tmp_path, monkeypatch, error):
+    losses = train(toy(1), loss_of, batch_at, 4, schedule, folder=tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    before = path.read_bytes()
+    model, trained = toy(77), toy(1)
+
+    def no_space(tensors, path):
+        trained.load_state_dict(model.state_dict())
+        path.write_bytes(b"as much as fits")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_file", no_space)
+        message = (
+            r"checkpoint\.safetensors could not be written, the older checkpoint is whole: .*No s"
+        )
+        with pytest.raises(OSError, match=message):
+            train(model, loss_of, batch_at, 6, schedule, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+    assert same(model, trained) and not model.training
+    assert train(toy(78), loss_of, batch_at, 6, schedule, folder=tmp_path)[:4] == losses
+
+
+def test_a_write_that_fails_half_way_is_reported(tmp_path):
+    """A limit on the size of files stands for the disk that is full."""
+    resource = pytest.importorskip("resource")
+    model, path = toy(1), tmp_path / "c.safetensors"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not be written, there is no older one: .*large"):
+            save_checkpoint(path, model, adam(model), [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    save_checkpoint(path, model, adam(model), [])
+
+
+def test_mixed_precision_rounds_the_products_and_keeps_the_weights(tmp_path):
+    """8 bits of a number are left in bfloat16: the loss moves by less than a hundredth."""
+    seen = []
+
+    def watched(model, batch):
+        hidden = model.first(batch[0])
+        seen.append((hidden.dtype, model.second(hidden).dtype))
+        return loss_of(model, batch)
+
+    narrow, one, other = toy(1), toy(1), toy(1)
+    options = dict(folder=tmp_path, autocast=torch.bfloat16)
+    losses = train(narrow, watched, batch_at, 8, lambda step: 1e-3, **options)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert {p.dtype for p in narrow.parameters()} == {torch.float32}
+    torch.manual_seed(2)
+    (exact,) = train(one, loss_of, batch_at, 1, schedule)
+    torch.manual_seed(2)
+    (rounded,) = train(other, loss_of, batch_at, 1, schedule, autocast=torch.bfloat16)
+    assert rounded != exact and rounded == pytest.approx(exact, rel=1e-2)
+    again = toy(77)
+    assert train(again, never, batch_at, 8, schedule, **options) == losses
+    assert same(again, narrow)
+
+
+def test_mixed_precision_is_off_unless_asked_for():
+    def watched(model, batch):
+        assert not torch.is_autocast_enabled("cpu")
+        return loss_of(model, batch)
+
+    train(toy(1), watched, batch_at, 2, schedule)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_mixed_precision_of_another_type_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"autocast must be torch.bfloat16, got {dtype}"):
+        train(toy(1), never, batch_at, 2, schedule, autocast=dtype)
 
 
 def test_each_step_has_its_rate_and_its_own_gradient():

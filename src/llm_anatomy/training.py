@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def train(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     clip_norm: float | None = 1.0,
+    autocast: torch.dtype | None = None,
     folder: str | Path | None = None,
     save_every: int | None = None,
     description: str = "training",
@@ -115,6 +117,9 @@ def train(
         schedule: learning rate of a step, counted from 1.
         optimizer: AdamW with betas 0.9 and 0.98 unless given.
         clip_norm: longest gradient allowed, over all parameters together; None for no limit.
+        autocast: torch.bfloat16 runs the products of `loss_of` in that type, where the device has
+            it (mixed precision: Micikevicius et al., 2018, arXiv:1710.03740). The weights and the
+            optimizer stay as they are.
         folder: where `checkpoint.safetensors` is read and written, if anywhere.
         save_every: steps between checkpoints; the last step is always saved when a folder is given.
         description: shown beside the progress bar.
@@ -125,8 +130,12 @@ def train(
     Raises:
         FloatingPointError: the loss or its gradient is not finite. The model keeps the state before
             that step, and so does the checkpoint.
-        ValueError: the checkpoint is corrupt, belongs to another model, or has taken more steps.
+        OSError: a checkpoint could not be written, say because the disk is full. The older one is
+            whole, and the model keeps what it has learned.
+        ValueError: the checkpoint is corrupt, belongs to another model, or has taken more steps, or
+            `autocast` is another type.
     """
+    precision = _precision(model, autocast)
     if optimizer is None:
         groups = parameter_groups(model, weight_decay=0.0)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9)
@@ -141,7 +150,8 @@ def train(
     model.train()
     try:
         for step in tqdm(steps, desc=description, initial=len(losses), total=n_steps, **bar):
-            loss = loss_of(model, batch_at(step))
+            with precision:
+                loss = loss_of(model, batch_at(step))
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
             optimizer.zero_grad()
@@ -166,6 +176,10 @@ def save_checkpoint(
     """Write all that a run needs to go on: weights, optimiser, random state and losses.
 
     The file is replaced in one step, so a run killed while saving leaves the older one whole.
+
+    Raises:
+        OSError: the file could not be written, say because the disk is full. The older one is whole
+            then, and nothing of the new one is left to fill the disk.
     """
     path = Path(path)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
@@ -176,10 +190,16 @@ def save_checkpoint(
     tensors["random"] = torch.get_rng_state()
     if (device := _cuda_of(model)) is not None:
         tensors["random_cuda"] = torch.cuda.get_rng_state(device)
+    copies = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, partial)
-    os.replace(partial, path)
+    try:
+        save_file(copies, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        kept = "the older checkpoint is whole" if path.exists() else "there is no older one"
+        raise OSError(f"{path} could not be written, {kept}: {error}") from error
 
 
 def load_checkpoint(
@@ -223,6 +243,18 @@ def load_checkpoint(
     if device is not None and "random_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random_cuda"], device)
     return losses
+
+
+def _precision(model: nn.Module, autocast: torch.dtype | None) -> AbstractContextManager:
+    """The context that the loss is computed in."""
+    if autocast is None:
+        return nullcontext()
+    if autocast != torch.bfloat16:
+        raise ValueError(
+            f"autocast must be torch.bfloat16, got {autocast}: gradients of narrower range vanish "
+            "unless the loss is scaled up, which this loop does not do"
+        )
+    return torch.autocast(next(model.parameters()).device.type, autocast)
 
 
 def _kinds(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
