@@ -26,7 +26,6 @@ from pathlib import Path, PurePosixPath
 
 import nbformat
 import yaml
-from docutils.nodes import make_id
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from mdit_py_plugins.anchors.index import slugify
@@ -37,6 +36,7 @@ from mdit_py_plugins.myst_blocks import myst_block_plugin
 from pybtex.database import BibliographyData, Entry, parse_file
 from pybtex.plugin import find_plugin
 from pybtex.richtext import Text
+from sphinx.util.nodes import _make_id
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -95,6 +95,9 @@ class Book:
     papers: BibliographyData
     labels: dict[str, Label] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+    terms: dict[str, str] = field(
+        default_factory=dict
+    )  # in small letters -> as the glossary has it
 
     @classmethod
     def read(cls, root: Path) -> "Book":
@@ -148,6 +151,10 @@ class Book:
                     add("figure", directive.options.get("name"))
                 elif directive.name == "exercise":
                     add("exercise", directive.options.get("label"))
+                elif directive.name == "glossary":
+                    entries = re.split(r"\n{2,}", directive.body.strip())
+                    names = [entry.partition("\n")[0].strip() for entry in entries]
+                    self.terms.update((name.lower(), name) for name in names)
                 if directive.name in ("admonition", "exercise", *ASIDES):
                     self._collect_markdown(page, directive.body, add)
 
@@ -379,8 +386,11 @@ class Export:
         if role in ("cite", "cite:p", "cite:t", "cite:ps", "cite:ts"):
             return self.citation(content, textual=role.startswith("cite:t"))
         if role == "term":
+            name = self.book.terms.get(target.lower())
+            if name is None:
+                raise ColabError(f"{self.page}: the glossary has no term {target}")
             glossary = self.book.page_address("reference/glossary")
-            return f"[{text or target}]({glossary}#term-{make_id(target)})"
+            return f"[{text or target}]({glossary}#{_make_id(f'term-{name}')})"  # as Sphinx does
         if role == "doc":
             page = self.resolve(target)
             return f"[{text or self.book.titles[page]}]({self.book.address(page)})"

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 from tools import colab
 
@@ -46,6 +47,25 @@ Repository = "https://github.com/who/book"
 """
 
 
+GLOSSARY = """\
+# Glossary
+
+:::{glossary}
+query
+查询
+  What a token looks for.
+
+attention score
+注意力分数
+  How well two match.
+
+KV cache
+键值缓存
+  What was computed already.
+:::
+"""
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A book of two chapters, whose first is empty and there to be written."""
@@ -53,7 +73,7 @@ def repository(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir()
     (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "references.bib").write_text(PAPERS)
-    (tmp_path / "reference" / "glossary.md").write_text("# Glossary\n")
+    (tmp_path / "reference" / "glossary.md").write_text(GLOSSARY)
     (tmp_path / "assets" / "dot.png").write_bytes(PNG)
     save(tmp_path, "02-other", "# Other chapter\n\n" + OTHER)
     return tmp_path
@@ -76,6 +96,7 @@ def exported(root: Path, text: str) -> str:
     ("text", "expected"),
     [
         ("{term}`query`", f"[query]({PAGES}reference/glossary.html#term-query)"),
+        ("{term}`kv cache`", f"[kv cache]({PAGES}reference/glossary.html#term-KV-cache)"),
         (
             "{term}`Attention\n<attention score>`",
             f"[Attention]({PAGES}reference/glossary.html#term-attention-score)",
@@ -162,6 +183,7 @@ def test_pictures_travel_with_the_notebook(repository: Path):
         "```{tableofcontents}\n```",
         "{kbd}`x`",
         "{cite}`nobody`",
+        "{term}`nothing`",
         "{doc}`03-nowhere`",
         "{numref}`fig-none`",
         "![x](../assets/none.png)",
@@ -231,7 +253,8 @@ def test_colab_is_what_the_chapters_give():
 def unresolved(source: str) -> list[str]:
     """Directives and roles that a Markdown cell still holds, outside code."""
     found = []
-    for token in MarkdownIt("commonmark").parse(source):
+    parser = MarkdownIt("commonmark").use(dollarmath_plugin, double_inline=True)
+    for token in parser.parse(source):
         if token.type == "fence" and token.info.lstrip().startswith("{"):
             found.append(token.info)
         if token.type == "html_block":
