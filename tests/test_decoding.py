@@ -1,7 +1,6 @@
 """Decoding: the filters and searches of transformers on the same logits, and their invariants."""
 
 import itertools
-import tempfile
 import warnings
 
 import pytest
@@ -14,6 +13,7 @@ from transformers.generation import logits_process
 from llm_anatomy import decoding
 from llm_anatomy.cache import KVCache
 from llm_anatomy.models.gpt2 import GPT2
+from tests import parity
 
 V, PAD = 13, 12
 
@@ -33,16 +33,9 @@ def twins() -> tuple[GPT2, transformers.GPT2LMHeadModel]:
         bos_token_id=None,
         eos_token_id=None,  # so that a search without an end token has none of the model's own
     )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-        # A flat distribution makes beams differ from greedy and end at different lengths.
-        theirs.transformer.wte.weight.mul_(1.5)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        return GPT2.from_pretrained(folder), theirs
+    # With this seed rows end at different lengths, and beams give way to branches of others.
+    theirs = parity.randomise(transformers.GPT2LMHeadModel(config), seed=2)
+    return parity.twin(theirs, GPT2), theirs
 
 
 def nothing(tokens: Tensor) -> Tensor:
@@ -144,6 +137,8 @@ def test_greedy_is_that_of_transformers(twins, end_id):
     ours, theirs = twins
     prompt = torch.tensor([[1, 2, 3], [4, 6, 8], [9, 9, 1], [12, 0, 3]])
     expected = reference(theirs, prompt, 20, eos_token_id=end_id)
+    lengths = {len(row) if end_id not in row else row.index(end_id) for row in expected.tolist()}
+    assert end_id is None or len(lengths) > 1
     readers = (cached(ours), cached(ours, 64), decoding.Rereading(lambda t: theirs(t).logits))
     for reader in readers:
         found = decoding.generate(reader, prompt, 20, end_id=end_id, pad_id=PAD)
@@ -160,6 +155,22 @@ def test_penalties_act_during_generation(twins):
     for row in found.tolist():
         pairs = list(itertools.pairwise(row))
         assert len(set(pairs)) == len(pairs)
+
+
+def test_filters_act_in_the_order_given():
+    """A high temperature before top-p makes room for the second token; after it, it is too late."""
+    logits = torch.tensor([0.6, 0.4]).log()
+    left: list[int] = []
+
+    def pick(filtered: Tensor) -> Tensor:
+        left.append(int(filtered.isfinite().sum()))
+        return decoding.greedy(filtered)
+
+    flat, nucleus = decoding.temperature(9.0), decoding.top_p(0.55)
+    for filters in ([flat, nucleus], [nucleus, flat]):
+        reader = decoding.Rereading(lambda t: logits.expand(*t.shape, 2))
+        decoding.generate(reader, torch.tensor([[0]]), 1, pick=pick, filters=filters)
+    assert left == [2, 1]
 
 
 def test_sampling_draws_with_the_probabilities():

@@ -1,6 +1,7 @@
 """Objectives: the counts of their rules, the library's own, and what must never be lost."""
 
 import itertools
+import math
 from collections import Counter
 
 import hypothesis.strategies as st
@@ -209,6 +210,16 @@ def test_infilling_draws_poisson_lengths():
         objectives.infill_text(tokens, MASK, seeded(), mean_length=0.0)
     with pytest.raises(ValueError, match="share"):
         objectives.infill_text(tokens, MASK, seeded(), share=1.5)
+
+
+def test_some_masks_hide_nothing():
+    """As many as a Poisson distribution of mean 3 has zeros: a share of exp(-3)."""
+    damaged = objectives.infill_text(range(10, 20_010), MASK, seeded(), share=0.3)
+    visible = [9, *(token for token in damaged if token != MASK), 20_010]
+    gaps = sum(after > before + 1 for before, after in itertools.pairwise(visible))
+    n_masks = damaged.count(MASK)
+    # Four standard deviations of a share of about 2000 draws.
+    assert (n_masks - gaps) / n_masks == pytest.approx(math.exp(-3), abs=0.02)
 
 
 def test_sentences_are_permuted_whole():
