@@ -67,3 +67,13 @@ def test_other_shapes_are_refused(capacity, shape):
 def test_capacity_must_be_positive(capacity):
     with pytest.raises(ValueError, match="at least one position"):
         KVCache(capacity)
+
+
+@pytest.mark.parametrize("capacity", [None, 9])
+def test_adding_nothing_copies_nothing(capacity):
+    """Cross-attention adds nothing for each new token, to a memory that may be long."""
+    cache = KVCache(capacity)
+    first, _ = cache.append(*some(4))
+    again, values = cache.append(*some(0))
+    assert again.data_ptr() == first.data_ptr()
+    assert torch.equal(again, first) and values.shape == (B, G, 4, M) and len(cache) == 4

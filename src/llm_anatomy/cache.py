@@ -47,6 +47,8 @@ class KVCache:
                         f"the cache holds {name} of batch {held.shape[0]}, {held.shape[1]} heads "
                         f"and width {held.shape[3]}, but got shape {tuple(new.shape)}"
                     )
+            if T == 0:  # cross-attention, after its first step: nothing to copy
+                return self.k[:, :, : self.length], self.v[:, :, : self.length]
         if self.capacity is None:
             self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
             self.v = v if self.v is None else torch.cat((self.v, v), dim=2)

@@ -74,7 +74,7 @@ class GPT2Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        mask: Bool[Tensor, "#B 1 T _"],
+        mask: Bool[Tensor, "#B 1 T _"] | None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask, cache=cache))
@@ -134,9 +134,10 @@ class GPT2(Pretrained):
         """Run the blocks and the last norm over `x`, which follows whatever the caches hold."""
         past = len(caches[0]) if caches else 0
         T = x.shape[1]
-        mask = masks.causal(T, past + T, device=x.device)
+        mask = masks.causal(T, past + T, device=x.device) if T > 1 else None  # one sees all
         if keep is not None:
-            mask = mask & masks.padding(keep)  # (B, 1, T, S)
+            padding = masks.padding(keep)
+            mask = padding if mask is None else mask & padding  # (B, 1, T, S)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, mask, cache)
         return self.norm(x)

@@ -148,7 +148,7 @@ class T5DecoderBlock(nn.Module):
         x: Float[Tensor, "B T D"],
         memory: Float[Tensor, "B C D"],
         bias: Float[Tensor, "1 H T _"],
-        mask: Bool[Tensor, "1 1 T _"],
+        mask: Bool[Tensor, "1 1 T _"] | None,
         memory_mask: Bool[Tensor, "B 1 1 S"] | None = None,
         caches: tuple[KVCache | None, KVCache | None] = (None, None),
     ) -> Float[Tensor, "B T D"]:
@@ -224,7 +224,7 @@ class T5(Pretrained):
         T = target.shape[1]
         x = self.embed(target, "the target")
         bias = self.decoder_bias(T, past + T)
-        mask = masks.causal(T, past + T, device=target.device)
+        mask = masks.causal(T, past + T, device=target.device) if T > 1 else None  # one sees all
         memory_mask = padding_mask(keep, *memory.shape[:2])
         new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
         no_caches = [(None, None)] * len(self.decoder)
