@@ -106,15 +106,17 @@ def check_same(ours: Tensor | tuple[Tensor, ...], peer: Tensor | tuple[Tensor, .
 def turns(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """Time all in turn, backwards in every other round; return the median seconds of each.
 
-    What slows the machine for a while slows all of them.
+    What slows the machine for a while slows all of them. With one thread the clock is that of the
+    process, which stands still while others have the core.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[list[float]] = [[] for _ in works]
     order = list(range(len(works)))
     for _ in range(rounds):
         for side in order:
-            start = time.perf_counter()
+            start = clock()
             works[side]()
-            times[side].append(time.perf_counter() - start)
+            times[side].append(clock() - start)
         order.reverse()
     return [statistics.median(side) for side in times]
 

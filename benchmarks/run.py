@@ -10,10 +10,11 @@ the peers are their transformers classes with eager and with sdpa attention. A t
 64 are decoded. In the rows called lengthwise, `decoding.lay_lengthwise` has turned our weights.
 
 Ours, the peers and the machine's limit take turns within one process, so that what slows the
-machine slows all. Before anything is timed the results are compared. A line gives the median time
-of ours and of the peer, the ratio (peer / ours: above 1 we are faster), the memory that each adds
-at its peak, and what share of the limit ours reaches: of the rate of a matrix product where
-arithmetic limits, of the rate of reading memory where reading the weights does.
+machine slows all; with one thread, time in which others have the core does not count. Before
+anything is timed the results are compared. A line gives the median time of ours and of the peer,
+the ratio (peer / ours: above 1 we are faster), the memory that each adds at its peak, and what
+share of the limit ours reaches: of the rate of a matrix product where arithmetic limits, of the
+rate of reading memory where reading the weights does.
 """
 
 import argparse
