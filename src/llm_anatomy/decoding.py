@@ -89,11 +89,12 @@ def lay_lengthwise(model: nn.Module) -> None:
 
     Decoding multiplies each matrix by one vector, which costs the time that reading it takes, and
     memory gives long runs faster than short ones. PyTorch stores along the input side, which is
-    the shorter one wherever a layer widens and in the output layer.
+    the shorter one wherever a layer widens and in the output layer. Square matrices are stored
+    along the output side, where a product adds columns up instead of summing each row.
     """
     for p in model.parameters():
         if p.ndim == 2:
-            along_input = p.shape[1] >= p.shape[0]
+            along_input = p.shape[1] > p.shape[0]
             p.data = p.data.contiguous() if along_input else p.data.T.contiguous().T
 
 

@@ -164,7 +164,7 @@ class MaskedLMHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], embedding: Float[Tensor, "V D"]
     ) -> Float[Tensor, "B T V"]:
-        return self.norm(F.gelu(self.dense(x))) @ embedding.T + self.bias
+        return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
 
 
 class BertPretrained(Pretrained):
