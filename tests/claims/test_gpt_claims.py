@@ -1,5 +1,10 @@
 """The sources' claims on GPT, executed. The ledger is claims.yml."""
 
+import itertools
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm_anatomy import objectives, tiny_world
 from llm_anatomy.models import gpt1, gpt2
-from llm_anatomy.tiny_world import in_context, words
+from llm_anatomy.tiny_world import in_context, stories, words
 from tests.claims import tiny
 
 EVERYWHERE = torch.ones(8, dtype=torch.bool)
@@ -138,6 +143,105 @@ def test_45_terabytes_cannot_be_what_gpt3_was_trained_on() -> None:
     assert max(map(len, words.vocabulary().words)) < 150
 
 
+def test_gpt1_read_books_and_gpt2_pages() -> None:
+    """C201, C256, C257: whole books in 2018, linked pages in 2019.
+
+    Zhu et al., table 2, count the books; Radford et al. 2019, section 2.1, the pages: 800w is
+    800 times 万, ten thousand.
+    """
+    books, sentences, words_in_books = 11_038, 74_004_228, 984_846_357
+    assert round(words_in_books / sentences) == 13  # as the table itself says
+    words_a_book = words_in_books / books
+    assert 80_000 < words_a_book < 100_000  # the length of a novel, and no page has it
+    pages, size = 800 * 10_000, 40e9
+    assert pages == 8_000_000
+    assert size / pages == 5_000  # bytes, under a thousand words
+
+
+def test_gpt1_read_a_quarter_of_the_words_and_used_each_of_them() -> None:
+    """C207: Devlin et al., appendix A.4, give the words and the sizes of the batches.
+
+    From the same text next-token prediction draws a loss at all positions but one, filling in
+    gaps at 15 per cent of them.
+    """
+    books, wikipedia = 800e6, 2_500e6
+    assert books / (books + wikipedia) < 1 / 4
+    assert 128_000 / 32_000 == 4  # words in a batch of BERT and of GPT, a million batches each
+    ids = tiny.tokens(batch=200, length=64)
+    generator = torch.Generator().manual_seed(0)
+    options = {"mask_id": 4, "vocab_size": tiny.VOCAB, "generator": generator}
+    gaps = objectives.masked_lm(ids, torch.ones_like(ids, dtype=torch.bool), **options)[1]
+    nexts = objectives.causal_lm(ids)[1]
+    assert (nexts != objectives.IGNORED).all()
+    assert nexts.numel() > 6 * (gaps != objectives.IGNORED).sum()
+
+
+# --- how good it was ------------------------------------------------------------------------------
+
+TWELVE = {  # Radford et al. 2018, tables 2 to 4: the best before, of any kind, and GPT-1
+    "MNLI": (80.6, 82.1),
+    "SNLI": (89.3, 89.9),
+    "SciTail": (83.3, 88.3),
+    "QNLI": (82.3, 88.1),
+    "RTE": (61.7, 56.0),
+    "Story Cloze": (77.6, 86.5),
+    "RACE": (53.3, 59.0),
+    "CoLA": (35.0, 45.4),
+    "SST-2": (93.2, 91.3),
+    "MRPC": (86.0, 82.3),
+    "STS-B": (81.0, 82.0),
+    "QQP": (66.1, 70.3),
+}
+# Radford et al. 2019, table 3: the best before, the smallest GPT-2, the largest
+PERPLEXITY = {
+    "LAMBADA": (99.8, 35.13, 8.63),
+    "WikiText-2": (39.14, 29.41, 18.34),
+    "PTB": (46.54, 65.85, 35.76),
+    "enwik8": (0.99, 1.16, 0.93),
+    "text8": (1.08, 1.17, 0.98),
+    "WikiText-103": (18.3, 37.50, 17.48),
+    "One Billion Words": (21.8, 75.20, 42.16),
+}
+CHILDREN = {"common nouns": (85.7, 87.65, 93.30), "named entities": (82.3, 83.4, 89.05)}
+
+
+def test_gpt1_was_best_on_nine_of_twelve() -> None:
+    """C245: by its own tables; the gains of the abstract are found in them."""
+    gains = {task: round(gpt - before, 1) for task, (before, gpt) in TWELVE.items()}
+    assert len(gains) == 12
+    assert {task for task, gain in gains.items() if gain < 0} == {"RTE", "SST-2", "MRPC"}
+    assert (gains["Story Cloze"], gains["RACE"], gains["MNLI"]) == (8.9, 5.7, 1.5)
+
+
+def test_gpt2_was_compared_on_other_tasks_than_gpt1() -> None:
+    """C258: no task in common; larger is better on each, and seven of eight data sets are records.
+
+    The smallest of its four sizes has as many layers and features as GPT-1, but read WebText.
+    """
+    others = {"Winograd", "CoQA", "CNN and Daily Mail", "WMT-14", "Natural Questions"}
+    assert not TWELVE.keys() & {*PERPLEXITY, "Children's Book Test", *others}
+    assert all(large < small for _, small, large in PERPLEXITY.values())
+    assert all(large > small for _, small, large in CHILDREN.values())
+    records = [large < before for before, _, large in PERPLEXITY.values()]
+    records.append(all(large > before for before, _, large in CHILDREN.values()))
+    assert (len(records), sum(records)) == (8, 7)
+    old, new = transformers.OpenAIGPTConfig(), transformers.GPT2Config()
+    assert (old.n_layer, old.n_embd) == (new.n_layer, new.n_embd) == (12, 768)
+
+
+def test_without_fine_tuning_gpt2_was_far_from_the_models_made_for_a_task() -> None:
+    """C208, C263: Radford et al. 2019, sections 3.5 to 3.8; its gap is measured in each task."""
+    rouge = {"best": 32.75, "first three sentences": 31.55, "GPT-2": 21.40, "random three": 20.98}
+    assert list(rouge) == sorted(rouge, key=rouge.get, reverse=True)
+    assert rouge["GPT-2"] - rouge["random three"] < 0.5
+    french_to_english, best_without_pairs, english_to_french = 11.5, 33.5, 5
+    assert english_to_french < french_to_english < best_without_pairs / 2
+    coqa, people = 55, 89  # F1; a supervised system with BERT is near people
+    assert people - coqa > 30
+    answered, open_domain_systems = 4.1, (30, 50)  # per cent of Natural Questions
+    assert answered < min(open_domain_systems) / 7
+
+
 # --- what it is made of ---------------------------------------------------------------------------
 
 
@@ -260,6 +364,17 @@ def test_gpt3_has_175_billion_parameters_and_not_a_tenth_of_that() -> None:
     assert count > 9 * 175e8
 
 
+def test_gpt2_came_out_in_four_steps_each_larger() -> None:
+    """C261: Solaiman et al. 2019: February, May, August and November; sizes in millions."""
+    released = {2: 124, 5: 355, 8: 774, 11: 1558}
+    sizes = ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
+    for millions, (n_layer, n_head, n_embd) in zip(released.values(), sizes, strict=True):
+        config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        assert round(n_parameters(transformers.GPT2LMHeadModel, config) / 1e6) == millions
+    assert max(released) - min(released) == 9  # months
+    assert list(released.values()) == sorted(released.values())
+
+
 # --- how it writes --------------------------------------------------------------------------------
 
 
@@ -310,6 +425,54 @@ def test_a_causal_model_learns_from_every_position() -> None:
     torch.testing.assert_close(at_once, torch.stack(one_by_one), atol=1e-4, rtol=1e-4)
 
 
+def written_story(next_words: Callable[[list[str]], dict[str, float]], rng: random.Random) -> list:
+    story: list[str] = []
+    while len(story) < 60:
+        nexts = next_words(story)
+        (word,) = rng.choices(list(nexts), list(nexts.values()))
+        if word == "[EOS]":
+            break
+        story.append(word)
+    return story
+
+
+def test_word_by_word_writing_is_coherent_if_the_whole_text_is_in_view() -> None:
+    """C204: the true next-word probabilities write nothing but valid stories.
+
+    A writer who counts what follows the last four words loses the thread in nearly all.
+    """
+    grammar, rng = stories.story_grammar(n_more=1), random.Random(0)
+    view = 4
+    counts: defaultdict[tuple, Counter] = defaultdict(Counter)
+    for story in stories.stories(2000, seed=1, n_more=1):
+        text = (*story, "[EOS]")
+        for t, word in enumerate(text):
+            counts[text[max(0, t - view) : t]][word] += 1
+
+    def short_sighted(story: list[str]) -> dict[str, float]:
+        return counts[tuple(story[-view:])]
+
+    valid = {}
+    for name, next_words in (("whole", grammar.next_words), ("last four", short_sighted)):
+        texts = [written_story(next_words, rng) for _ in range(40)]
+        valid[name] = sum(math.isfinite(grammar.log_prob(text)) for text in texts)
+    assert valid["whole"] == 40
+    assert valid["last four"] < 10
+
+
+@pytest.mark.parametrize("build", [tiny.gpt2, gpt1_tiny])
+def test_the_first_token_counts_to_the_end_of_the_context_and_there_it_ends(build) -> None:
+    """C204: 512 positions in GPT-1 and 1,024 in GPT-2; the models here have 64."""
+    assert transformers.OpenAIGPTConfig().n_positions == 512
+    assert transformers.GPT2Config().n_positions == 1024
+    model, ids = build(), tiny.tokens(length=65)
+    full = ids[:, :64]
+    before, after = model(full).logits, model(tiny.changed(full, 0)).logits
+    assert tiny.moved(before, after).all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids)
+
+
 # --- learning from examples in the prompt ---------------------------------------------------------
 
 
@@ -336,3 +499,35 @@ def test_examples_in_the_prompt_can_help_without_any_change_of_a_weight() -> Non
     assert (few - zero).abs().max() > 1e-3  # the examples condition the answer
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert tiny_world.__doc__
+
+
+def test_the_first_example_tells_most() -> None:
+    """C275, C276: without a name or an example the task can only be guessed, by people as well.
+
+    `in_context_optimum` is the score of the best possible reader of any kind.
+    """
+    best = [in_context.in_context_optimum(n_shots) for n_shots in range(6)]
+    assert best[0] < 1 / 3
+    gains = [more - less for less, more in itertools.pairwise(best)]
+    assert gains[0] > sum(gains[1:])
+    assert best[0] == min(best)
+
+
+def test_a_description_alone_settles_some_tasks_and_leaves_others_open() -> None:
+    """C275, C276, C277: "give the plural" needs no example; "a colour for its size" does.
+
+    So for some tasks zero-shot asks of a model what people can do, and for others it does not.
+    """
+
+    def best_guess(fitting: list[in_context.Task], animal: str) -> float:
+        answers = Counter(task[animal] for task in fitting)
+        return max(answers.values()) / len(fitting)
+
+    described = {"copy": 0, "plural": 1, "translate": 2}
+    for animal in in_context.BIG + in_context.SMALL:
+        for which in described.values():
+            assert best_guess([in_context.FIXED_TASKS[which]], animal) == 1
+        assert best_guess(list(in_context.FRESH_TASKS), animal) == 1 / 8
+    horse_is_red = [task for task in in_context.FRESH_TASKS if task["horse"] == "red"]
+    assert best_guess(horse_is_red, "goat") == 1  # one example, and the big ones are known
+    assert best_guess(horse_is_red, "dog") == 1 / 7
