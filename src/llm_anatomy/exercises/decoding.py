@@ -392,9 +392,9 @@ PENALISE = Exercise(
     level=2,
     minutes=8,
     task=r"""
-Write the repetition penalty: the logit of each token that occurs among `tokens` becomes **less
-likely** by the factor $\theta > 1$. A positive logit is divided by $\theta$; a negative one has to
-be treated so that it becomes smaller too. How often a token has occurred does not matter.
+Write the repetition penalty: the logit of each token that occurs among `tokens` becomes
+**smaller**. A positive logit is divided by $\theta > 1$; a negative one has to be treated so that it
+becomes smaller too. How often a token has occurred does not matter.
 """,
     stub='''
 def penalise(
