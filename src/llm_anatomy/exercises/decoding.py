@@ -393,8 +393,8 @@ PENALISE = Exercise(
     minutes=8,
     task=r"""
 Write the repetition penalty: the logit of each token that occurs among `tokens` becomes
-**smaller**. A positive logit is divided by $\theta > 1$; a negative one has to be treated so that it
-becomes smaller too. How often a token has occurred does not matter.
+**smaller**. A positive logit is divided by $\theta > 1$; a negative one has to be treated so that
+it becomes smaller too. How often a token has occurred does not matter.
 """,
     stub='''
 def penalise(
