@@ -29,6 +29,7 @@ LOCAL_PATH = re.compile(
 CELL_PATH = re.compile(r"ipykernel_\d+|<ipython-input-")
 TIMESTAMP = re.compile(r"\b20\d\d-[01]\d-[0-3]\d[T ][0-2]\d:[0-5]\d")
 COMMENT_MARK = re.compile(r"^\s*#\s*(NBVAL_\w+|PYTEST_VALIDATE_IGNORE_OUTPUT)", re.MULTILINE)
+SHOWING = {"print", "display", "check", "hint", "solution", "exercises", "show"}
 MARKDOWN_IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<target>[^)\s]+)")
 DIRECTIVE = re.compile(
     r"^(?P<fence>`{3,}|:{3,})\{(?P<name>[\w:-]+)\} *(?P<title>.*)\n"
@@ -96,18 +97,24 @@ def outputs(notebook: nbformat.NotebookNode) -> Iterator[str]:
 
 
 def prints(source: str) -> bool:
-    """Whether a cell surely shows something: a call of print as a statement of its own."""
+    """Whether a cell surely shows something: a call of print, check or the like, or a loop of them.
+
+    Calls inside a function, a class or an `if` may never happen, and do not count.
+    """
     try:
         statements = ast.parse(source).body
     except SyntaxError:  # a magic
         return False
-    return any(
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Call)
-        and isinstance(statement.value.func, ast.Name)
-        and statement.value.func.id in ("print", "display")
-        for statement in statements
-    )
+    while statements:
+        statement = statements.pop()
+        if isinstance(statement, ast.For | ast.With):
+            statements += statement.body
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            function = statement.value.func
+            name = getattr(function, "id", getattr(function, "attr", None))
+            if name in SHOWING:
+                return True
+    return False
 
 
 def tags(notebook: nbformat.NotebookNode) -> Iterator[str]:
