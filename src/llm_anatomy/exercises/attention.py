@@ -1834,9 +1834,9 @@ Information has to travel from the **first** of 1024 tokens to the **last**. Cou
 takes:
 
 * in a recurrent network of one layer: how many applications of the recurrence carry it from the
-state at   the first token to the state at the last?
+  state at the first token to the state at the last?
 * in a stack of causal convolutions of width 3 (an output sees its own position and the two before;
-no   dilation): how many layers are needed?
+  no dilation): how many layers are needed?
 * in causal self-attention: how many layers?
 """,
     stub="""
@@ -2884,7 +2884,7 @@ learns one number for each bucket and head. With the distance $d = |o|$:
 * keys **after** the query ($o > 0$) use buckets 16 to 31, the others 0 to 15;
 * within each half, distances below 8 have a bucket each: $d$;
 * larger ones share: $8 + \left\lfloor 8 \cdot \dfrac{\ln(d/8)}{\ln(128/8)} \right\rfloor$, but
-never   more than 15.
+  never more than 15.
 
 Return the bucket of every offset, as integers.
 """,
