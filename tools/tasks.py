@@ -15,6 +15,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,27 +66,55 @@ class Steps:
         self.failed = 0
         self.skipped = 0
         self.red: list[str] = []
+        self.lock = threading.Lock()
 
     def run(self, title: str, work: Callable[[], str]) -> bool:
         """Do one step; `work` returns a remark for the line, or raises StepError."""
         self.done += 1
         head = f"[{self.done}/{self.total}] {title} ..."
-        start = time.monotonic()
         ticker = _Ticker(head)
-        try:
-            remark = work()
-        except StepError as error:
-            ticker.stop(f"FAILED after {time.monotonic() - start:.0f} s")
+        error, text = _timed(work)
+        ticker.stop(text)
+        if error:
             print(error, flush=True)
             self.red.append(title)
-            return False
-        ticker.stop(f"{time.monotonic() - start:.0f} s{', ' + remark if remark else ''}")
-        return True
+        return error is None
+
+    def together(self, *works: tuple[str, Callable[[], str]]) -> None:
+        """Do steps side by side, one a core, and print the line of each when it ends."""
+        first = self.done + 1
+        self.done += len(works)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            ends = {
+                pool.submit(_timed, work): f"[{n}/{self.total}] {title} ..."
+                for n, (title, work) in enumerate(works, first)
+            }
+            ticker = _Ticker(f"[{first}-{self.done}/{self.total}] {len(works)} steps at once ...")
+            lines = []
+            for end in as_completed(ends):
+                error, text = end.result()
+                lines.append(f"{ends[end]} {text}")
+                if error:
+                    lines.append(str(error))
+                    self.red.append(works[list(ends).index(end)][0])
+            ticker.stop("done")
+            print("\n".join(lines), flush=True)
 
     def count(self, passed: int, failed: int, skipped: int = 0) -> None:
-        self.passed += passed
-        self.failed += failed
-        self.skipped += skipped
+        with self.lock:
+            self.passed += passed
+            self.failed += failed
+            self.skipped += skipped
+
+
+def _timed(work: Callable[[], str]) -> tuple[StepError | None, str]:
+    """Do a step; return what went wrong, if anything, and the end of its line."""
+    start = time.monotonic()
+    try:
+        remark = work()
+    except StepError as error:
+        return error, f"FAILED after {time.monotonic() - start:.0f} s"
+    return None, f"{time.monotonic() - start:.0f} s{', ' + remark if remark else ''}"
 
 
 class _Ticker:
@@ -308,8 +337,10 @@ def command_test() -> None:
     steps.run("scripts and fonts of the pages", vendor)
     built = steps.run("pages, built clean", build)
     selection = [] if built else ["--ignore=tests/book"]
-    steps.run("unit, parity, exercise and book tests", run_pytest(steps, "tests", selection))
-    steps.run("every notebook against its outputs", run_pytest(steps, "notebooks", NBVAL))
+    steps.together(
+        ("unit, parity, exercise and book tests", run_pytest(steps, "tests", selection)),
+        ("every notebook against its outputs", run_pytest(steps, "notebooks", NBVAL)),
+    )
     finish(steps)
 
 

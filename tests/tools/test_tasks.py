@@ -1,8 +1,10 @@
 """The commands of the Makefile: they stop where they must, and count what went wrong."""
 
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,27 @@ def test_a_red_step_makes_the_whole_red(capsys):
     said = capsys.readouterr().out
     assert caught.value.code == 1 and "Red: one" in said and "what went wrong" in said
     assert "[1/2] one ... FAILED" in said and "[2/2] two ..." in said
+
+
+def test_steps_side_by_side_run_at_once_and_are_each_reported(capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    both = threading.Barrier(2, timeout=30)  # passes only where two steps run at the same time
+
+    def fail() -> str:
+        both.wait()
+        raise tasks.StepError("  what went wrong")
+
+    def work() -> str:
+        both.wait()
+        steps.count(3, 0)
+        return "3 passed"
+
+    steps = tasks.Steps(2)
+    steps.together(("one", fail), ("two", work))
+    said = capsys.readouterr().out
+    assert steps.red == ["one"] and (steps.done, steps.passed) == (2, 3)
+    assert "[1/2] one ... FAILED" in said and "what went wrong" in said
+    assert re.search(r"\[2/2\] two \.\.\. \d+ s, 3 passed", said)
 
 
 def test_all_green_ends_with_zero(capsys):
