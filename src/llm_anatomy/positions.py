@@ -66,12 +66,13 @@ class LearnedPositions(nn.Module):
 
 
 def rope_angles(
-    positions: Int[Tensor, " T"], d_head: int, base: float = 10_000.0
-) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+    positions: Int[Tensor, "*B T"], d_head: int, base: float = 10_000.0
+) -> tuple[Float[Tensor, "*B T E"], Float[Tensor, "*B T E"]]:
     """Cosine and sine of position times frequency, for rotary embeddings.
 
     Su et al., 2021 (arXiv:2104.09864), equation 34. Each of the E/2 frequencies appears twice, in
-    both halves, as `rope_rotate` wants it.
+    both halves, as `rope_rotate` wants it. Positions may differ among the rows of a batch: with
+    (B, 1, T) the angles fit (B, H, T, E).
 
     Raises:
         ValueError: the width of a head is odd.
@@ -79,12 +80,14 @@ def rope_angles(
     if d_head % 2:
         raise ValueError(f"rotary embeddings pair the features up; d_head ({d_head}) is odd")
     pair = torch.arange(0, d_head, 2, device=positions.device).float()
-    angle = torch.outer(positions.float(), base ** (-pair / d_head)).repeat(1, 2)  # (T, E)
+    frequency = 1 / base ** (pair / d_head)  # (E/2,), in radians a position
+    angle = positions[..., None].float() * frequency  # (*B, T, E/2)
+    angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rope_rotate(
-    x: Float[Tensor, "B H T E"], cos: Float[Tensor, "T E"], sin: Float[Tensor, "T E"]
+    x: Float[Tensor, "B H T E"], cos: Float[Tensor, "*_ T E"], sin: Float[Tensor, "*_ T E"]
 ) -> Float[Tensor, "B H T E"]:
     """Rotate the pair (x[i], x[i + E/2]) by its angle: the layout of Hugging Face checkpoints."""
     first, second = x.chunk(2, dim=-1)
