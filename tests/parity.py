@@ -70,6 +70,40 @@ def check_gradients(ours: Pretrained, theirs: PreTrainedModel, **tolerance: floa
         )
 
 
+def check_vectors(
+    theirs: PreTrainedModel, ours: Pretrained, source: Tensor, target: Tensor, keep: Tensor
+) -> None:
+    """An encoder-decoder reads vectors as well as tokens, also such as no token has.
+
+    In training, so that what is dropped agrees, and back to the vectors.
+    """
+    with torch.no_grad():
+        memory = ours.encoder_hidden(ours.embed(source), keep)
+        assert torch.equal(memory, ours.encode(source, keep))
+        states = ours.decoder_hidden(ours.embed(target), memory, keep)
+        assert torch.equal(ours.logits(states), ours(source, target, keep))
+    prompt = torch.randn(len(source), 4, ours.config.d_model)
+    keep = torch.cat((torch.ones(len(source), 4, dtype=torch.bool), keep), dim=1)
+    results = []
+    for model in (ours.train(), theirs.train()):
+        x = prompt.clone().requires_grad_()
+        table = model.get_input_embeddings() if model is theirs else model.embed
+        read, written = torch.cat((x, table(source)), dim=1), table(target)
+        written.retain_grad()
+        torch.manual_seed(1)
+        if model is theirs:
+            arguments = {"inputs_embeds": read, "decoder_inputs_embeds": written}
+            logits = theirs(**arguments, attention_mask=keep.long()).logits
+        else:
+            memory = ours.encoder_hidden(read, keep)
+            logits = ours.logits(ours.decoder_hidden(written, memory, keep))
+        logits.square().mean().backward()
+        assert x.grad.abs().amax(dim=(0, 2)).min() > 0
+        results.append((logits, x.grad, written.grad))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def check_round_trips(theirs: PreTrainedModel, ours: type[Pretrained]) -> None:
     """Theirs to ours to theirs to ours: nothing is lost, not a bit."""
     with tempfile.TemporaryDirectory() as folder:

@@ -112,6 +112,12 @@ def test_drops_what_theirs_drops(config):
     torch.testing.assert_close(ours(source, target, keep), want)
 
 
+@parity.examples(5)
+@given(bart_configs())
+def test_vectors_in_place_of_tokens(config):
+    parity.check_vectors(*twins(config), *some_input())
+
+
 @torch.no_grad()
 @parity.examples(14)
 @given(bart_configs(), st.booleans(), st.sampled_from(["no", "grown", "fixed"]))

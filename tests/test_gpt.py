@@ -135,6 +135,29 @@ def test_drops_what_theirs_drops(ours_class, sizes):
 
 
 @each_model
+@parity.examples(4)
+@given(sizes(), paddings)
+def test_vectors_in_place_of_tokens(ours_class, sizes, padding):
+    """The first two stand for no token; in training, so that what is dropped agrees as well."""
+    theirs, ours = (model.train() for model in twins(ours_class, sizes))
+    tokens, keep = some_tokens(), keep_of(padding, T + 2)
+    prompt = torch.randn(B, 2, ours.config.d_model, requires_grad=True)
+    x = torch.cat((prompt, ours.token_embedding(tokens)), dim=1)
+    torch.manual_seed(1)
+    got = ours.logits(ours.hidden(ours.place(x, keep), keep))
+    torch.manual_seed(1)
+    want = theirs(inputs_embeds=x, **their_arguments(keep)).logits
+    real = slice(None) if keep is None else keep
+    torch.testing.assert_close(got[real], want[real])
+    gradients = [
+        torch.autograd.grad(logits[real].square().mean(), prompt, retain_graph=True)[0]
+        for logits in (got, want)
+    ]
+    assert gradients[0].any(dim=(0, 2)).all()
+    torch.testing.assert_close(*gradients)
+
+
+@each_model
 @torch.no_grad()
 @parity.examples(12)
 @given(sizes(), st.sampled_from(["none", "left"]), st.sampled_from(["no", "grown", "fixed"]))

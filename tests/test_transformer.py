@@ -155,6 +155,38 @@ def test_dropout_is_where_marian_has_it(twins, source, target):
     torch.testing.assert_close(ours(source, target), expected)
 
 
+def test_vectors_in_place_of_tokens(twins, source, target, keep):
+    """Marian scales the vectors that its decoder is given, but not those of its encoder."""
+    theirs, ours = twins
+    P, scale = 4, 24**0.5 if ours.config.scaled_embedding else 1.0
+    prompt, written = torch.randn(B, P, 24, requires_grad=True), ours.token_embedding(target)
+    keep = torch.cat((torch.ones(B, P, dtype=torch.bool), keep), dim=1)
+    read = torch.cat((prompt, ours.token_embedding(source) * scale), dim=1)
+    expected = theirs(
+        inputs_embeds=read, attention_mask=keep.long(), decoder_inputs_embeds=written
+    ).logits
+    memory = ours.encoder_hidden(ours.place(read), keep)
+    got = ours.logits(ours.decoder_hidden(ours.place(written * scale), memory, keep))
+    torch.testing.assert_close(got, expected)
+    (want,) = torch.autograd.grad(expected.square().mean(), prompt, retain_graph=True)
+    got.square().mean().backward()
+    assert prompt.grad.abs().amax(dim=(0, 2)).min() > 0
+    torch.testing.assert_close(prompt.grad, want)
+
+
+@torch.no_grad()
+def test_each_side_composes_its_embedding_and_its_blocks(model, source, target, keep):
+    memory = model.encode(source, keep)
+    assert torch.equal(model.encoder_hidden(model.embed(source), keep), memory)
+    states = model.decoder_hidden(model.embed(target), memory, keep)
+    assert torch.equal(states, model.hidden(target, memory, keep))
+    caches = model.new_caches()
+    for t in range(T):
+        placed = model.place(model.embed(target[:, [t]]) - model.positions[:1], t)
+        part = model.decoder_hidden(placed, memory, keep, caches)
+        torch.testing.assert_close(part[:, 0], states[:, t])
+
+
 def greedy(
     model: Transformer, source: Tensor, keep: Tensor | None, n: int, capacity: int | None
 ) -> Tensor:

@@ -107,7 +107,7 @@ class BartEncoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B 1 1 S"] | None = None
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "#B 1 #S S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
@@ -130,7 +130,7 @@ class BartDecoderBlock(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         memory: Float[Tensor, "B C D"],
-        mask: Bool[Tensor, "1 1 T _"],
+        mask: Bool[Tensor, "1 1 T _"] | None,
         memory_mask: Bool[Tensor, "B 1 1 S"] | None = None,
         caches: tuple[KVCache | None, KVCache | None] = (None, None),
     ) -> Float[Tensor, "B T D"]:
@@ -142,7 +142,11 @@ class BartDecoderBlock(nn.Module):
 
 
 class Bart(Pretrained):
-    """Encoder-decoder from token ids to logits; `forward` composes `encode` and `decode`."""
+    """Encoder-decoder from token ids to logits; `forward` composes `encode` and `decode`.
+
+    Both sides read vectors as well, such as those that `embed` makes of tokens: `encode` composes
+    `embed` and `encoder_hidden`, `hidden` composes `embed` and `decoder_hidden`.
+    """
 
     model_type = "bart"
 
@@ -175,14 +179,39 @@ class Bart(Pretrained):
         check_tokens(tokens, self.config.vocab_size, name)
         return self.token_embedding(tokens)
 
+    def encoder_hidden(
+        self, x: Float[Tensor, "B S D"], keep: Bool[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """Run the encoder over vectors; `keep` is True at real ones."""
+        mask = padding_mask(keep, *x.shape[:2])
+        x = self.encoder_input(x)
+        for block in self.encoder:
+            x = block(x, mask)
+        return x
+
     def encode(
         self, source: Int[Tensor, "B S"], keep: Bool[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         """Read the source; `keep` is True at its real tokens."""
-        mask = padding_mask(keep, *source.shape)
-        x = self.encoder_input(self.embed(source))
-        for block in self.encoder:
-            x = block(x, mask)
+        return self.encoder_hidden(self.embed(source), keep)
+
+    def decoder_hidden(
+        self,
+        x: Float[Tensor, "B T D"],
+        memory: Float[Tensor, "B S D"],
+        keep: Bool[Tensor, "B S"] | None = None,
+        caches: DecoderCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Run the decoder over vectors, which follow whatever the caches already hold."""
+        past = len(caches[0][0]) if caches else 0
+        T = x.shape[1]
+        x = self.decoder_input(x, past)
+        mask = masks.causal(T, past + T, device=x.device) if T > 1 else None  # one sees all
+        memory_mask = padding_mask(keep, *memory.shape[:2])
+        new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
+        no_caches = [(None, None)] * len(self.decoder)
+        for block, pair in zip(self.decoder, caches or no_caches, strict=True):
+            x = block(x, new, mask, memory_mask, pair)
         return x
 
     def hidden(
@@ -193,16 +222,7 @@ class Bart(Pretrained):
         caches: DecoderCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run the decoder over `target`, which follows whatever the caches already hold."""
-        past = len(caches[0][0]) if caches else 0
-        T = target.shape[1]
-        x = self.decoder_input(self.embed(target, "the target"), past)
-        mask = masks.causal(T, past + T, device=target.device)
-        memory_mask = padding_mask(keep, *memory.shape[:2])
-        new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
-        no_caches = [(None, None)] * len(self.decoder)
-        for block, pair in zip(self.decoder, caches or no_caches, strict=True):
-            x = block(x, new, mask, memory_mask, pair)
-        return x
+        return self.decoder_hidden(self.embed(target, "the target"), memory, keep, caches)
 
     def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Score every token of the vocabulary against `x`, with the shared embedding."""

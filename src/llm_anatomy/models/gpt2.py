@@ -118,12 +118,26 @@ class GPT2(Pretrained):
                 the context, or `keep` has another shape.
         """
         check_tokens(tokens, self.config.vocab_size)
-        positions = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)  # (T,)
+        return self.place(self.token_embedding(tokens), keep, offset)
+
+    def place(
+        self,
+        x: Float[Tensor, "B T D"],
+        keep: Bool[Tensor, "B S"] | None = None,
+        offset: int = 0,
+    ) -> Float[Tensor, "B T D"]:
+        """Add position vectors to token vectors, or to others that stand in their place.
+
+        Raises:
+            ValueError: a position lies beyond the context, or `keep` has another shape.
+        """
+        end = offset + x.shape[1]
+        positions = torch.arange(offset, end, device=x.device)  # (T,)
         if keep is not None:
-            check_keep(keep, tokens.shape[0], offset + tokens.shape[1])
+            check_keep(keep, x.shape[0], end)
             positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, offset:]  # (B, T)
         check_context(int(positions.max()) + 1, self.config.n_positions)
-        return self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        return self.dropout(x + self.position_embedding(positions))
 
     def hidden(
         self,

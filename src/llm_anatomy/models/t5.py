@@ -124,7 +124,7 @@ class T5EncoderBlock(nn.Module):
         self,
         x: Float[Tensor, "B S D"],
         bias: Float[Tensor, "1 H S S"],
-        mask: Bool[Tensor, "B 1 1 S"] | None = None,
+        mask: Bool[Tensor, "#B 1 #S S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask, bias=bias))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -161,7 +161,11 @@ class T5DecoderBlock(nn.Module):
 
 
 class T5(Pretrained):
-    """Encoder-decoder from token ids to logits; `forward` composes `encode` and `decode`."""
+    """Encoder-decoder from token ids to logits; `forward` composes `encode` and `decode`.
+
+    Both sides read vectors as well, such as those that `embed` makes of tokens: `encode` composes
+    `embed` and `encoder_hidden`, `hidden` composes `embed` and `decoder_hidden`.
+    """
 
     model_type = "t5"
     # The files of 2019 hold a table for cross-attention that the model never used.
@@ -199,18 +203,45 @@ class T5(Pretrained):
             ValueError: there is no token, or an id lies outside the vocabulary.
         """
         check_tokens(tokens, self.config.vocab_size, name)
-        return self.dropout(self.token_embedding(tokens))
+        return self.token_embedding(tokens)
+
+    def encoder_hidden(
+        self, x: Float[Tensor, "B S D"], keep: Bool[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """Run the encoder over vectors; `keep` is True at real ones."""
+        S = x.shape[1]
+        mask = padding_mask(keep, *x.shape[:2])
+        bias = self.encoder_bias(S, S)
+        x = self.dropout(x)
+        for block in self.encoder:
+            x = block(x, bias, mask)
+        return self.dropout(self.encoder_norm(x))
 
     def encode(
         self, source: Int[Tensor, "B S"], keep: Bool[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         """Read the source; `keep` is True at its real tokens."""
-        mask = padding_mask(keep, *source.shape)
-        x = self.embed(source)
-        bias = self.encoder_bias(source.shape[1], source.shape[1])
-        for block in self.encoder:
-            x = block(x, bias, mask)
-        return self.dropout(self.encoder_norm(x))
+        return self.encoder_hidden(self.embed(source), keep)
+
+    def decoder_hidden(
+        self,
+        x: Float[Tensor, "B T D"],
+        memory: Float[Tensor, "B S D"],
+        keep: Bool[Tensor, "B S"] | None = None,
+        caches: DecoderCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Run the decoder over vectors, which follow whatever the caches already hold."""
+        past = len(caches[0][0]) if caches else 0
+        T = x.shape[1]
+        bias = self.decoder_bias(T, past + T)
+        mask = masks.causal(T, past + T, device=x.device) if T > 1 else None  # one sees all
+        memory_mask = padding_mask(keep, *memory.shape[:2])
+        new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
+        no_caches = [(None, None)] * len(self.decoder)
+        x = self.dropout(x)
+        for block, pair in zip(self.decoder, caches or no_caches, strict=True):
+            x = block(x, new, bias, mask, memory_mask, pair)
+        return self.dropout(self.decoder_norm(x))
 
     def hidden(
         self,
@@ -220,17 +251,7 @@ class T5(Pretrained):
         caches: DecoderCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run the decoder over `target`, which follows whatever the caches already hold."""
-        past = len(caches[0][0]) if caches else 0
-        T = target.shape[1]
-        x = self.embed(target, "the target")
-        bias = self.decoder_bias(T, past + T)
-        mask = masks.causal(T, past + T, device=target.device) if T > 1 else None  # one sees all
-        memory_mask = padding_mask(keep, *memory.shape[:2])
-        new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
-        no_caches = [(None, None)] * len(self.decoder)
-        for block, pair in zip(self.decoder, caches or no_caches, strict=True):
-            x = block(x, new, bias, mask, memory_mask, pair)
-        return self.dropout(self.decoder_norm(x))
+        return self.decoder_hidden(self.embed(target, "the target"), memory, keep, caches)
 
     def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Score every token of the vocabulary."""

@@ -19,6 +19,7 @@ from llm_anatomy import masks
 from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.feedforward import Activation, FeedForward
+from llm_anatomy.models.checks import check_context, check_tokens, padding_mask
 from llm_anatomy.positions import sinusoidal
 from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
 
@@ -86,7 +87,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B 1 1 S"] | None = None
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "#B 1 #S S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
@@ -109,7 +110,7 @@ class DecoderBlock(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         memory: Float[Tensor, "B C D"],
-        mask: Bool[Tensor, "1 1 T _"],
+        mask: Bool[Tensor, "1 1 T _"] | None,
         memory_mask: Bool[Tensor, "B 1 1 S"] | None = None,
         caches: tuple[KVCache | None, KVCache | None] = (None, None),
     ) -> Float[Tensor, "B T D"]:
@@ -124,7 +125,7 @@ class PreNormEncoderBlock(EncoderBlock):
     """The same parts, wired so that nothing but sums lies on the residual path."""
 
     def forward(
-        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B 1 1 S"] | None = None
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "#B 1 #S S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -137,7 +138,7 @@ class PreNormDecoderBlock(DecoderBlock):
         self,
         x: Float[Tensor, "B T D"],
         memory: Float[Tensor, "B C D"],
-        mask: Bool[Tensor, "1 1 T _"],
+        mask: Bool[Tensor, "1 1 T _"] | None,
         memory_mask: Bool[Tensor, "B 1 1 S"] | None = None,
         caches: tuple[KVCache | None, KVCache | None] = (None, None),
     ) -> Float[Tensor, "B T D"]:
@@ -149,7 +150,12 @@ class PreNormDecoderBlock(DecoderBlock):
 
 
 class Transformer(Pretrained):
-    """Encoder-decoder from token ids to logits; `forward` composes `encode` and `decode`."""
+    """Encoder-decoder from token ids to logits; `forward` composes `encode` and `decode`.
+
+    Both sides read vectors as well, such as those that `embed` makes of tokens: `encode` composes
+    `embed` and `encoder_hidden`, `hidden` composes `embed` and `decoder_hidden`. `place` gives
+    other vectors their positions.
+    """
 
     model_type = "marian"
     hf_ignored = ("embed_positions.weight",)
@@ -175,35 +181,61 @@ class Transformer(Pretrained):
     def decoder_block(self) -> nn.Module:
         return DecoderBlock(self.config)
 
-    def embed(self, tokens: Int[Tensor, "B T"], offset: int = 0) -> Float[Tensor, "B T D"]:
+    def embed(
+        self, tokens: Int[Tensor, "B T"], offset: int = 0, name: str = "the source"
+    ) -> Float[Tensor, "B T D"]:
         """Token vectors plus the sinusoids of positions `offset` to `offset + T - 1`.
 
         Raises:
-            ValueError: a token id lies outside the vocabulary, or a position beyond the table.
+            ValueError: there is no token, an id lies outside the vocabulary, or a position beyond
+                the table.
         """
-        T = tokens.shape[1]
-        if offset + T > self.config.n_positions:
-            raise ValueError(
-                f"{offset + T} positions are needed, but the model has {self.config.n_positions}"
-            )
-        if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            raise ValueError(
-                f"token ids must lie between 0 and {self.config.vocab_size - 1}; "
-                f"got {tokens.min().item()} to {tokens.max().item()}"
-            )
+        check_tokens(tokens, self.config.vocab_size, name)
         x = self.token_embedding(tokens)
         if self.config.scaled_embedding:
             x = x * self.config.d_model**0.5
-        return self.dropout(x + self.positions[offset : offset + T])
+        return self.place(x, offset)
+
+    def place(self, x: Float[Tensor, "B T D"], offset: int = 0) -> Float[Tensor, "B T D"]:
+        """Add the sinusoids of positions `offset` to `offset + T - 1`.
+
+        Raises:
+            ValueError: a position lies beyond the table.
+        """
+        end = offset + x.shape[1]
+        check_context(end, self.config.n_positions)
+        return self.dropout(x + self.positions[offset:end])
+
+    def encoder_hidden(
+        self, x: Float[Tensor, "B S D"], keep: Bool[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """Run the encoder over vectors; `keep` is True at real ones."""
+        mask = padding_mask(keep, *x.shape[:2])
+        for block in self.encoder:
+            x = block(x, mask)
+        return x
 
     def encode(
         self, source: Int[Tensor, "B S"], keep: Bool[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B S D"]:
         """Read the source; `keep` is True at its real tokens."""
-        mask = None if keep is None else masks.padding(keep)
-        x = self.embed(source)
-        for block in self.encoder:
-            x = block(x, mask)
+        return self.encoder_hidden(self.embed(source), keep)
+
+    def decoder_hidden(
+        self,
+        x: Float[Tensor, "B T D"],
+        memory: Float[Tensor, "B S D"],
+        keep: Bool[Tensor, "B S"] | None = None,
+        caches: DecoderCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Run the decoder over vectors, which follow whatever the caches already hold."""
+        past = len(caches[0][0]) if caches else 0
+        T = x.shape[1]
+        mask = masks.causal(T, past + T, device=x.device) if T > 1 else None  # one sees all
+        memory_mask = padding_mask(keep, *memory.shape[:2])
+        new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
+        for block, pair in zip(self.decoder, caches or self._no_caches(), strict=True):
+            x = block(x, new, mask, memory_mask, pair)
         return x
 
     def hidden(
@@ -214,17 +246,8 @@ class Transformer(Pretrained):
         caches: DecoderCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run the decoder over `target`, which follows whatever the caches already hold."""
-        if target.shape[1] == 0:
-            raise ValueError("the target is empty: give at least the start token")
         past = len(caches[0][0]) if caches else 0
-        T = target.shape[1]
-        mask = masks.causal(T, past + T, device=target.device)
-        memory_mask = None if keep is None else masks.padding(keep)
-        x = self.embed(target, past)
-        new = memory if past == 0 else memory[:, :0]  # the caches hold its keys and values by now
-        for block, pair in zip(self.decoder, caches or self._no_caches(), strict=True):
-            x = block(x, new, mask, memory_mask, pair)
-        return x
+        return self.decoder_hidden(self.embed(target, past, "the target"), memory, keep, caches)
 
     def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Score every token of the vocabulary against `x`, with the shared embedding."""
@@ -364,19 +387,19 @@ class PreNormTransformer(Transformer):
     def decoder_block(self) -> nn.Module:
         return PreNormDecoderBlock(self.config)
 
-    def encode(
-        self, source: Int[Tensor, "B S"], keep: Bool[Tensor, "B S"] | None = None
+    def encoder_hidden(
+        self, x: Float[Tensor, "B S D"], keep: Bool[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B S D"]:
-        return self.encoder_norm(super().encode(source, keep))
+        return self.encoder_norm(super().encoder_hidden(x, keep))
 
-    def hidden(
+    def decoder_hidden(
         self,
-        target: Int[Tensor, "B T"],
+        x: Float[Tensor, "B T D"],
         memory: Float[Tensor, "B S D"],
         keep: Bool[Tensor, "B S"] | None = None,
         caches: DecoderCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        return self.decoder_norm(super().hidden(target, memory, keep, caches))
+        return self.decoder_norm(super().decoder_hidden(x, memory, keep, caches))
 
     @staticmethod
     def hf_rules(config: TransformerConfig) -> list[Rule]:
