@@ -1,0 +1,215 @@
+"""Adapters in the file format of the peft library.
+
+A folder holds `adapter_config.json`, which names the method and its settings, and
+`adapter_model.safetensors`, which holds what was learned and nothing of the base.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llm_anatomy.peft.targets import State, find
+from llm_anatomy.weights import Fused, Pretrained, Rename
+
+PREFIX = "base_model.model."
+"""What peft puts before the name of a module in the base."""
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BASE = "base"  # an entry in the head of the file, which peft passes over
+
+
+def write(
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an adapter that peft can load.
+
+    Args:
+        folder: created if it is not there.
+        settings: the fields of peft's config, `peft_type` among them.
+        tensors: what was learned, under the names that peft gives it.
+        base: weights of the base that the adapter was made for, as (out, in). A few of their
+            numbers go along, by which `read` can tell that another base is not the one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(settings), indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    head = {"format": "pt"}
+    if base:
+        head[_BASE] = json.dumps({name: _probe(t) for name, t in sorted(base.items())})
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(contiguous, folder / WEIGHTS, metadata=head)
+
+
+def read_settings(folder: str | Path, peft_type: str) -> dict[str, Any]:
+    """Read the config of an adapter, and check that it is of the method expected.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON object, or the config of another method.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: an adapter's folder has an {CONFIG}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    found = settings.get("peft_type") if isinstance(settings, dict) else None
+    if found != peft_type:
+        raise ValueError(f"{path} describes an adapter of type {found!r}; expected {peft_type!r}")
+    return settings
+
+
+def read_tensors(folder: str | Path) -> State:
+    """Read what an adapter has learned, under the names that peft gives it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is corrupt or truncated.
+    """
+    with _open(folder) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_base(folder: str | Path, base: Mapping[str, Tensor]) -> None:
+    """Check that these are the weights that the adapter was made for, given as to `write`.
+
+    The file says so where `write` got the base; peft's own files do not, and pass. A base in
+    lower precision passes too.
+
+    Raises:
+        ValueError: they are others.
+    """
+    with _open(folder) as file:
+        probes = json.loads((file.metadata() or {}).get(_BASE, "{}"))
+    for name, want in probes.items():
+        if name not in base:
+            raise ValueError(f"the adapter was made for a base with {name}, which this one lacks")
+        got = _probe(base[name])
+        if len(got) != len(want) or not torch.allclose(
+            torch.tensor(got), torch.tensor(want), rtol=0.02, atol=1e-6
+        ):
+            raise ValueError(f"the adapter was made for another base: its {name} has other weights")
+
+
+def check_unused(settings: Mapping[str, Any], unused: Sequence[str]) -> None:
+    """Check that settings which we do not know how to follow are off: false, empty or absent.
+
+    Raises:
+        ValueError: one is on.
+    """
+    for name in unused:
+        if settings.get(name) not in (None, False, {}, [], "none"):
+            raise ValueError(f"{CONFIG} sets {name} to {settings[name]!r}, which is not supported")
+
+
+def need(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting that must be there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if settings.get(name) is None:
+        raise ValueError(f"{CONFIG} lacks {name}")
+    return settings[name]
+
+
+# --- Names of modules -----------------------------------------------------------------------------
+
+
+def their_name(model: nn.Module, name: str) -> str:
+    """What Hugging Face calls a module of ours; other models keep their own names.
+
+    Raises:
+        ValueError: there it is no module of its own but a part of a fused one, which peft can only
+            adapt as a whole, or it has no counterpart.
+    """
+    if not isinstance(model, Pretrained):
+        return name
+    for rule in model.hf_rules(model.config):
+        if f"{name}.weight" not in rule.targets:
+            continue
+        if isinstance(rule, Fused):
+            raise ValueError(_fused(rule))
+        return rule.theirs.removesuffix(".weight")
+    raise ValueError(f"{name} has no counterpart in Hugging Face's {model.model_type}")
+
+
+def our_name(model: nn.Module, name: str) -> str:
+    """What we call a module of Hugging Face's: the inverse of `their_name`.
+
+    Raises:
+        ValueError: theirs is several of ours in one, or we have none.
+    """
+    if not isinstance(model, Pretrained):
+        return name
+    for rule in model.hf_rules(model.config):
+        if rule.theirs != f"{name}.weight":
+            continue
+        if isinstance(rule, Fused):
+            raise ValueError(_fused(rule))
+        return rule.ours.removesuffix(".weight")
+    raise ValueError(f"the adapter is for {name}, which this {model.model_type} model lacks")
+
+
+def in_full(model: nn.Module, names: Sequence[str]) -> tuple[list[str], dict[str, nn.Parameter]]:
+    """Modules that train in full, such as a head, as peft writes them.
+
+    Returns:
+        Their names in Hugging Face's words, and their parameters under the names in the file.
+    """
+    modules: dict[str, None] = {}
+    parameters = {}
+    for found in find(model, names) if names else ():
+        for path, p in model.get_submodule(found).named_parameters(prefix=found):
+            module, _, last = path.rpartition(".")
+            theirs = their_name(model, module)
+            modules[theirs] = None
+            parameters[f"{PREFIX}{theirs}.{last}"] = p
+    return list(modules), parameters
+
+
+def stored_as_in_out(model: nn.Module, name: str) -> bool:
+    """Whether Hugging Face stores the weight of our module `name` as (in, out), as GPT-2 does."""
+    if not isinstance(model, Pretrained):
+        return False
+    return any(
+        isinstance(rule, Rename) and rule.ours == f"{name}.weight" and rule.layout is not None
+        for rule in model.hf_rules(model.config)
+    )
+
+
+def _fused(rule: Fused) -> str:
+    ours = ", ".join(name.removesuffix(".weight") for name in rule.ours)
+    return (
+        f"Hugging Face holds {ours} as one module, {rule.theirs.removesuffix('.weight')}, and peft "
+        "adapts it as a whole: such an adapter has no counterpart here"
+    )
+
+
+def _open(folder: str | Path):
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+
+
+def _probe(tensor: Tensor, n: int = 4) -> list[float]:
+    """A few numbers spread over a tensor: enough to tell trained weights apart."""
+    flat = tensor.detach().reshape(-1)
+    step = math.ceil(flat.numel() / n)
+    return [float(value) for value in flat[::step].float()]
