@@ -269,7 +269,7 @@ def test_parameter_counts_of_the_published_models(family):
 def test_shards(family, data, tmp_path_factory):
     """Large models are published in several files with an index."""
     theirs, folder = build(family, data), tmp_path_factory.mktemp("shards")
-    theirs.save_pretrained(folder, max_shard_size="4KB")
+    theirs.save_pretrained(folder, max_shard_size="2KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     tokens = some_tokens()
     got = family.ours.from_pretrained(folder)(tokens)
