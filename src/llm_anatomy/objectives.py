@@ -5,7 +5,8 @@ so that the same seed gives the same batch.
 """
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -310,3 +311,130 @@ def permute_sentences(
     """
     order = torch.randperm(len(sentences), generator=generator).tolist()
     return [list(sentences[i]) for i in order]
+
+
+# --- From a teacher ------------------------------------------------------------------------------
+
+
+def soft_targets(
+    student: Float[Tensor, "*N V"],
+    teacher: Float[Tensor, "*N V"],
+    temperature: float = 1.0,
+    counted: Bool[Tensor, "*N"] | None = None,
+) -> Float[Tensor, ""]:
+    """How far a student's softened distributions are from a teacher's: T² KL(teacher || student).
+
+    Hinton et al., 2015 (arXiv:1503.02531), section 2. Both logits are divided by the temperature T,
+    which shrinks the gradient by about T²; the factor undoes it, so that a mixture with hard labels
+    keeps its proportions when T changes. As T grows, the gradient becomes that of half the mean
+    squared difference of the centred logits. No gradient reaches the teacher.
+
+    Args:
+        student: its logits.
+        teacher: logits for the same inputs, over the same V tokens.
+        temperature: T; at 1 the minimum is reached by the teacher's own distribution, as at any T.
+        counted: True where a position counts, everywhere unless given.
+
+    Returns:
+        The mean over the positions that count, in nats. It is 0 where both agree.
+
+    Raises:
+        ValueError: the shapes differ, the temperature is not above 0, or nothing counts.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be a number above 0, got {temperature}")
+    student, teacher = _counted(student, teacher, counted)
+    log_q = (student / temperature).log_softmax(dim=-1)
+    log_p = (teacher.detach() / temperature).log_softmax(dim=-1)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+    return temperature**2 * kl.mean()
+
+
+def distillation(
+    student: Float[Tensor, "*N V"],
+    teacher: Float[Tensor, "*N V"],
+    targets: Int[Tensor, "*N"],
+    *,
+    temperature: float = 2.0,
+    soft: float = 0.5,
+) -> Float[Tensor, ""]:
+    """Learn from a teacher and from labels: soft * `soft_targets` + (1 - soft) * `cross_entropy`.
+
+    Hinton et al., 2015 (arXiv:1503.02531), section 2.
+
+    Args:
+        student: its logits.
+        teacher: logits for the same inputs.
+        targets: the labels; both losses count the positions that have one.
+        temperature: softens the first loss alone.
+        soft: share of the first loss.
+
+    Raises:
+        ValueError: as `soft_targets` and `cross_entropy`, or the share lies outside [0, 1].
+    """
+    if not 0 <= soft <= 1:
+        raise ValueError(f"the share of the soft targets must lie in [0, 1], got {soft}")
+    from_teacher = soft_targets(student, teacher, temperature, targets != IGNORED)
+    return soft * from_teacher + (1 - soft) * cross_entropy(student, targets)
+
+
+def hidden_cosine(
+    student: Float[Tensor, "*N D"],
+    teacher: Float[Tensor, "*N D"],
+    counted: Bool[Tensor, "*N"] | None = None,
+) -> Float[Tensor, ""]:
+    """1 - cosine between the hidden states of student and teacher, on average: DistilBERT's.
+
+    Sanh et al., 2019 (arXiv:1910.01108), section 2. Directions are compared, lengths are not. No
+    gradient reaches the teacher.
+
+    Raises:
+        ValueError: the shapes differ, or nothing counts.
+    """
+    student, teacher = _counted(student, teacher, counted)
+    return 1 - F.cosine_similarity(student, teacher.detach(), dim=-1).mean()
+
+
+def hidden_mse(
+    student: Float[Tensor, "*N D"],
+    teacher: Float[Tensor, "*N E"],
+    counted: Bool[Tensor, "*N"] | None = None,
+    projection: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean squared difference between the hidden states of student and teacher.
+
+    Jiao et al., 2020 (arXiv:1909.10351), equation 8: a student of another width is compared through
+    a linear map, which is trained with it and then thrown away. Maps of attention weights are
+    compared in the same way. No gradient reaches the teacher.
+
+    Args:
+        student: its hidden states.
+        teacher: those of the teacher.
+        counted: True where a position counts, everywhere unless given.
+        projection: from the student's width to the teacher's.
+
+    Raises:
+        ValueError: the shapes differ (after the projection), or nothing counts.
+    """
+    if projection is not None:
+        student = projection(student)
+    student, teacher = _counted(student, teacher, counted)
+    return F.mse_loss(student, teacher.detach())
+
+
+def _counted(student: Tensor, teacher: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The vectors of both at the positions that count, (M, V)."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree in shape"
+        )
+    if counted is None:
+        counted = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if counted.dtype != torch.bool or counted.shape != student.shape[:-1]:
+        raise ValueError(
+            f"what counts must be boolean and of shape {tuple(student.shape[:-1])}; "
+            f"it is {counted.dtype} of shape {tuple(counted.shape)}"
+        )
+    if not counted.any():
+        raise ValueError("no position counts: there is nothing to average")
+    return student[counted], teacher[counted]
