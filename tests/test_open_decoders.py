@@ -88,9 +88,9 @@ FAMILIES = {
             n_layers=2,
             n_heads=4,
             n_kv_heads=2,
-            d_model=18,
+            d_model=20,
             d_head=6,
-            d_ff=20,
+            d_ff=22,
             n_positions=24,
         ),
         {
@@ -388,8 +388,8 @@ def test_llama_with_shared_keys_equals_one_with_copies():
     model = parity.randomise(Llama(small))
     state = model.state_dict()
     for name in [name for name in state if ".k_proj." in name or ".v_proj." in name]:
-        heads = state[name].view(2, 1, 6, 18).expand(2, 2, 6, 18)
-        state[name] = heads.reshape(24, 18)
+        heads = state[name].view(2, 1, 6, 20).expand(2, 2, 6, 20)
+        state[name] = heads.reshape(24, 20)
     plain = Llama(dataclasses.replace(small, n_kv_heads=4))
     plain.load_state_dict(state)
     tokens = some_tokens()
