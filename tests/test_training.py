@@ -21,11 +21,13 @@ from llm_anatomy.models.transformer import Transformer, TransformerConfig
 from llm_anatomy.training import (
     cosine_with_warmup,
     inverse_sqrt_schedule,
+    layer_groups,
     load_checkpoint,
     parameter_groups,
     save_checkpoint,
     smoothed_cross_entropy,
     train,
+    unfreeze,
 )
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -150,6 +152,89 @@ def test_matrices_decay_and_vectors_do_not():
     assert "token_embedding.weight" in decayed
 
 
+class Stack(nn.Module):
+    """Four layers from the input to the output, two of them in one list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(3, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(11))
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return self.head(self.norm(x))
+
+
+# blocks.1 must not take blocks.10 with it
+STACK = [["embedding"], [f"blocks.{i}" for i in range(1, 11)], ["blocks.0"], ["norm", "head"]]
+
+
+def test_rates_shrink_towards_the_input():
+    """Howard and Ruder: each layer 2.6 times slower than the one above; vectors never decay."""
+    model = Stack()
+    scale, decay = {}, {}
+    for group in layer_groups(model, STACK, weight_decay=0.1):
+        for p in group["params"]:
+            assert p not in scale
+            scale[p], decay[p] = group["lr_scale"], group["weight_decay"]
+    assert set(scale) == set(model.parameters())
+    for name, p in model.named_parameters():
+        layer = next(
+            i for i, ms in enumerate(STACK) if any((name + ".").startswith(m + ".") for m in ms)
+        )
+        assert scale[p] == pytest.approx(2.6 ** (layer - 3)), name
+        assert decay[p] == (0.1 if p.ndim > 1 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (STACK[1:], "embedding.weight is in no layer"),
+        ([*STACK, ["head"]], "head.weight is named twice, in layer 3 and in layer 4"),
+        ([*STACK, ["body"]], "body of layer 4 is no module or parameter"),
+        ([["block"], *STACK[1:]], "block of layer 0 is no module or parameter"),
+    ],
+)
+def test_layers_that_are_not_the_model_s_are_refused(layers, message):
+    model = Stack()
+    with pytest.raises(ValueError, match=message):
+        layer_groups(model, layers)
+    with pytest.raises(ValueError, match=message):
+        unfreeze(model, layers, 1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("decay", [0.0, -1.0, math.nan])
+def test_a_decay_that_is_not_positive_is_refused(decay):
+    with pytest.raises(ValueError, match="decay must be positive"):
+        layer_groups(Stack(), STACK, decay)
+
+
+@pytest.mark.parametrize("n", range(5))
+def test_the_last_layers_are_unfrozen_first(n):
+    model = Stack()
+    unfreeze(model, STACK, 2)  # what is frozen may thaw, and what has thawed may freeze
+    unfreeze(model, STACK, n)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {
+        name
+        for name, _ in model.named_parameters()
+        for layer in STACK[len(STACK) - n :]
+        if any((name + ".").startswith(module + ".") for module in layer)
+    }
+    assert learning == wanted
+
+
+@pytest.mark.parametrize("n", [-1, 5])
+def test_more_layers_than_there_are_cannot_be_unfrozen(n):
+    with pytest.raises(ValueError, match="there are 4 layers"):
+        unfreeze(Stack(), STACK, n)
+
+
 # --- The loop -------------------------------------------------------------------------------------
 
 
@@ -254,6 +339,58 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(tmp_path, optimizer, k
     assert losses == expected
     assert same(first, whole)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_group_has_its_share_of_the_rate():
+    """SGD moves a layer by its share of the rate times the gradient, here in one step."""
+    model = Stack()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(layer_groups(model, STACK, decay=0.5), lr=1.0)
+    train(model, loss_of, batch_at, 1, lambda step: 0.1, optimizer=optimizer, clip_norm=None)
+    moved = [model.head, model.blocks[0], model.blocks[10], model.embedding]
+    names = ["head", "blocks.0", "blocks.10", "embedding"]
+    for name, layer, scale in zip(names, moved, [1, 0.5, 0.25, 0.125], strict=True):
+        expected = before[f"{name}.weight"] - 0.1 * scale * layer.weight.grad
+        torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+def gradually(model: nn.Module, step: int) -> Tensor:
+    """A layer more in every third step."""
+    unfreeze(model, STACK, min(4, 1 + (step - 1) // 3))
+    return loss_of(model, batch_at(step))
+
+
+def layered(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(layer_groups(model, STACK, weight_decay=0.1), lr=0.0)
+
+
+def test_frozen_layers_stay_until_their_turn():
+    model = Stack()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, gradually, lambda step: step, 6, schedule, optimizer=layered(model))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if n.startswith(("norm", "head", "blocks.0."))}
+
+
+@pytest.mark.parametrize("killed_at", [4, 8, 12])
+def test_a_gradual_run_ends_as_if_it_had_never_been_killed(tmp_path, killed_at):
+    """Layers that were still frozen when the run was saved begin with a clean optimizer."""
+    torch.manual_seed(1)
+    whole, first, second = Stack(), Stack(), Stack()
+    first.load_state_dict(whole.state_dict())
+    expected = train(whole, gradually, lambda step: step, 12, schedule, optimizer=layered(whole))
+
+    def until_killed(model, step):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return gradually(model, step)
+
+    where = dict(folder=tmp_path, save_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, until_killed, lambda s: s, 12, schedule, optimizer=layered(first), **where)
+    losses = train(second, gradually, lambda s: s, 12, schedule, optimizer=layered(second), **where)
+    assert losses == expected
+    assert same(second, whole)
 
 
 def test_an_ended_run_goes_on_when_more_steps_are_wanted(tmp_path):

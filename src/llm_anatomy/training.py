@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,76 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def layer_groups(
+    model: nn.Module,
+    layers: Sequence[Sequence[str]],
+    decay: float = 1 / 2.6,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Give each layer a rate of its own, smaller towards the input. Matrices alone decay.
+
+    Discriminative fine-tuning: Howard and Ruder, 2018 (arXiv:1801.06146), section 3.2. `train`
+    multiplies the rate of the schedule by the `lr_scale` of a group: 1 in the last layer, `decay`
+    in the one below it, `decay` squared in the next.
+
+    Args:
+        layers: from the input to the output, each the names of its modules or parameters.
+        decay: rate of a layer, as a share of that of the layer above.
+
+    Raises:
+        ValueError: `decay` is not positive, a name matches nothing, or a parameter is in no layer
+            or in two.
+    """
+    if not decay > 0:
+        raise ValueError(f"decay must be positive, got {decay}")
+    groups = []
+    for depth, parameters in enumerate(reversed(_layers(model, layers))):
+        for matrices, wd in ((True, weight_decay), (False, 0.0)):
+            chosen = [p for p in parameters if (p.ndim > 1) == matrices]
+            groups.append({"params": chosen, "weight_decay": wd, "lr_scale": decay**depth})
+    return groups
+
+
+def unfreeze(model: nn.Module, layers: Sequence[Sequence[str]], n: int) -> None:
+    """Let the last `n` layers learn, and freeze those below.
+
+    Called with a growing n this is gradual unfreezing (Howard and Ruder, 2018, section 3.3). Where
+    n is a function of the step and the call stands in the `loss_of` of `train`, a run can be
+    resumed. The optimizer must hold the frozen parameters from the start, as `layer_groups` does.
+
+    Args:
+        layers: from the input to the output, as for `layer_groups`.
+        n: between 0 and the number of layers.
+
+    Raises:
+        ValueError: there are not so many layers, or they are not those of the model. Nothing is
+            changed then.
+    """
+    if not 0 <= n <= len(layers):
+        raise ValueError(f"there are {len(layers)} layers, so n must lie between 0 and that: {n}")
+    for depth, parameters in enumerate(reversed(_layers(model, layers))):
+        for p in parameters:
+            p.requires_grad_(depth < n)
+
+
+def _layers(model: nn.Module, layers: Sequence[Sequence[str]]) -> list[list[nn.Parameter]]:
+    """The parameters of each layer, once it is known that each parameter is in one."""
+    parameters = dict(model.named_parameters())
+    owner: dict[str, int] = {}
+    for i, names in enumerate(layers):
+        for name in names:
+            inside = [p for p in parameters if p == name or p.startswith(f"{name}.")]
+            if not inside:
+                raise ValueError(f"{name} of layer {i} is no module or parameter of the model")
+            for p in inside:
+                if p in owner:
+                    raise ValueError(f"{p} is named twice, in layer {owner[p]} and in layer {i}")
+                owner[p] = i
+    if forgotten := [p for p in parameters if p not in owner]:
+        raise ValueError(f"{forgotten[0]} is in no layer")
+    return [[parameters[p] for p in owner if owner[p] == i] for i in range(len(layers))]
+
+
 def train(
     model: nn.Module,
     loss_of: Callable[[nn.Module, Any], Tensor],
@@ -115,7 +185,8 @@ def train(
             what makes a resumed run equal to one that was never interrupted.
         n_steps: steps in all, those of an earlier run included.
         schedule: learning rate of a step, counted from 1.
-        optimizer: AdamW with betas 0.9 and 0.98 unless given.
+        optimizer: AdamW with betas 0.9 and 0.98 unless given. The rate of a group that holds a
+            number `lr_scale` is multiplied by it.
         clip_norm: longest gradient allowed, over all parameters together; None for no limit.
         autocast: torch.bfloat16 runs the products of `loss_of` in that type, where the device has
             it (mixed precision: Micikevicius et al., 2018, arXiv:1710.03740). The weights and the
@@ -160,7 +231,7 @@ def train(
             if not norm.isfinite():
                 raise FloatingPointError(f"the gradient has norm {norm.item()} at step {step}")
             for group in optimizer.param_groups:
-                group["lr"] = schedule(step)
+                group["lr"] = schedule(step) * group.get("lr_scale", 1.0)
             optimizer.step()
             losses.append(loss.item())
             if path is not None and (step == n_steps or (save_every and step % save_every == 0)):
