@@ -15,10 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from llm_anatomy.models import bloom, llama
+from llm_anatomy.models import bloom, gemma, llama, qwen
 from llm_anatomy.models.bloom import Bloom, BloomConfig
+from llm_anatomy.models.gemma import Gemma
 from llm_anatomy.models.llama import Llama, LlamaConfig
+from llm_anatomy.models.qwen import Qwen2, Qwen3
 from llm_anatomy.weights import Pretrained
 from tests import parity
 
@@ -78,21 +82,31 @@ def bloom_sizes(draw: Callable) -> dict[str, Any]:
     }
 
 
+def qwen2_sizes(draw: Callable) -> dict[str, Any]:
+    sizes = llama_sizes(draw)
+    return sizes | {"hidden_size": sizes["num_attention_heads"] * sizes.pop("head_dim")}
+
+
+def gemma_sizes(draw: Callable) -> dict[str, Any]:
+    return llama_sizes(draw) | {"tie_word_embeddings": True}
+
+
+LLAMA = LlamaConfig(
+    vocab_size=V,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_model=20,
+    d_head=6,
+    d_ff=22,
+    n_positions=24,
+)
 FAMILIES = {
     "LLaMA": Family(
         Llama,
         transformers.LlamaForCausalLM,
         llama_sizes,
-        LlamaConfig(
-            vocab_size=V,
-            n_layers=2,
-            n_heads=4,
-            n_kv_heads=2,
-            d_model=20,
-            d_head=6,
-            d_ff=22,
-            n_positions=24,
-        ),
+        LLAMA,
         {
             "LLaMA 7B": (llama.LLAMA_7B, 6_738_415_616),
             "LLaMA 13B": (llama.LLAMA_13B, 13_015_864_320),
@@ -102,6 +116,38 @@ FAMILIES = {
             "Llama 2 13B": (llama.LLAMA2_13B, 13_015_864_320),
             "Llama 2 70B": (llama.LLAMA2_70B, 68_976_648_192),
         },
+    ),
+    "Qwen2": Family(
+        Qwen2,
+        transformers.Qwen2ForCausalLM,
+        qwen2_sizes,
+        dataclasses.replace(LLAMA, d_model=24),
+        {
+            "Qwen 1.8B": (qwen.QWEN_1_8B, 1_836_828_672),
+            "Qwen2 0.5B": (qwen.QWEN2_0_5B, 494_032_768),
+            "Qwen2 7B": (qwen.QWEN2_7B, 7_615_616_512),
+        },
+    ),
+    "Qwen3": Family(
+        Qwen3,
+        transformers.Qwen3ForCausalLM,
+        llama_sizes,
+        LLAMA,
+        {
+            "Qwen3 0.6B": (qwen.QWEN3_0_6B, 596_049_920),
+            "Qwen3 8B": (qwen.QWEN3_8B, 8_190_735_360),
+        },
+    ),
+    "Gemma": Family(
+        Gemma,
+        transformers.GemmaForCausalLM,
+        gemma_sizes,
+        dataclasses.replace(LLAMA, tied=True),
+        {
+            "Gemma 2B": (gemma.GEMMA_2B, 2_506_172_416),
+            "Gemma 7B": (gemma.GEMMA_7B, 8_537_680_896),
+        },
+        st.just(torch.float32),  # theirs keeps the scale of the embedding in float32
     ),
     "BLOOM": Family(
         Bloom,
@@ -125,16 +171,19 @@ sizes = st.composite(lambda draw, family: family.draw(draw))
 
 @pytest.fixture(autouse=True, scope="module")
 def norms_in_full_precision() -> Iterator[None]:
-    """LlamaRMSNorm computes in float32 even what is float64, which would hide 1e-9."""
-    original = LlamaRMSNorm.forward
+    """Norms of theirs compute in float32 even what is float64, which would hide 1e-9."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        if x.dtype != torch.float64:
-            return original(self, x)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+    def in_full(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable:
+        def exact(norm: nn.Module, x: Tensor) -> Tensor:
+            if x.dtype != torch.float64:
+                return forward(norm, x)
+            return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+        return exact
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", forward)
+        for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+            patch.setattr(norm, "forward", in_full(norm.forward))
         yield
 
 
@@ -367,7 +416,7 @@ def test_order_matters_without_position_vectors(model):
 @torch.no_grad()
 def test_in_llama_only_distances_matter(monkeypatch):
     """Rotations know where two tokens stand relative to each other, not where the text begins."""
-    model = parity.randomise(Llama(FAMILIES["LLaMA"].small)).double()
+    model = parity.randomise(Llama(LLAMA)).double()
     tokens = some_tokens()
     before, original = model(tokens), llama.rope_angles
 
@@ -384,13 +433,12 @@ def test_in_llama_only_distances_matter(monkeypatch):
 @torch.no_grad()
 def test_llama_with_shared_keys_equals_one_with_copies():
     """Query heads that share keys and values equal heads that have copies of them."""
-    small = FAMILIES["LLaMA"].small
-    model = parity.randomise(Llama(small))
+    model = parity.randomise(Llama(LLAMA))
     state = model.state_dict()
     for name in [name for name in state if ".k_proj." in name or ".v_proj." in name]:
         heads = state[name].view(2, 1, 6, 20).expand(2, 2, 6, 20)
         state[name] = heads.reshape(24, 20)
-    plain = Llama(dataclasses.replace(small, n_kv_heads=4))
+    plain = Llama(dataclasses.replace(LLAMA, n_kv_heads=4))
     plain.load_state_dict(state)
     tokens = some_tokens()
     torch.testing.assert_close(plain.eval()(tokens), model(tokens))
@@ -422,7 +470,7 @@ def test_a_keep_of_another_shape(model):
 
 
 def test_more_than_its_context():
-    model = Llama(FAMILIES["LLaMA"].small)
+    model = Llama(LLAMA)
     with pytest.raises(ValueError, match="25 positions are needed, but the model has 24"):
         model(some_tokens(25))
     caches = model.new_caches()
@@ -446,6 +494,9 @@ def test_more_than_its_context():
         ),
         ("LLaMA", {"num_key_value_heads": "2"}, "n_kv_heads must be of type int, got '2'"),
         ("LLaMA", {"num_key_value_heads": 3}, "n_heads .4. must be a multiple of n_kv_heads .3."),
+        ("Qwen2", {"use_sliding_window": True}, "use_sliding_window to True"),
+        ("Qwen3", {"attention_bias": True}, "attention_bias to True"),
+        ("Gemma", {"hidden_act": "silu"}, "hidden_act to 'silu'"),
         ("BLOOM", {"apply_residual_connection_post_layernorm": True}, "post_layernorm to True"),
         ("BLOOM", {"n_layer": -1}, "n_layers must not be negative, got -1"),
     ],

@@ -101,13 +101,28 @@ class Llama(Pretrained):
     """A causal decoder from token ids to logits: `forward` composes `embed`, `hidden`, `logits`."""
 
     model_type = "llama"
+    hf_class = "LlamaForCausalLM"
+    hf_options: Mapping[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "pretraining_tp": (1, 2),  # how the training was spread; it computes the same
+    }
     hf_ignored = (".rotary_emb.inv_freq",)  # old files store the frequencies of the rotation
+    tied = False  # unless config.json says so
+    block: type[nn.Module] = LlamaBlock
+    names: Mapping[str, str] = {  # of the parameters of a block, theirs and ours
+        "input_layernorm.weight": "attention_norm.weight",
+        **{f"self_attn.{part}_proj.weight": f"attention.{part}_proj.weight" for part in "qkvo"},
+        "post_attention_layernorm.weight": "ffn_norm.weight",
+        **{f"mlp.{p}_proj.weight": f"ffn.{p}_proj.weight" for p in ("gate", "up", "down")},
+    }
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -181,17 +196,9 @@ class Llama(Pretrained):
         """One empty cache a layer."""
         return [KVCache(capacity) for _ in self.blocks]
 
-    @staticmethod
-    def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
-        check_options(
-            hf,
-            {
-                "hidden_act": ("silu",),
-                "attention_bias": (False,),
-                "mlp_bias": (False,),
-                "pretraining_tp": (1, 2),  # how the training was spread; it computes the same
-            },
-        )
+    @classmethod
+    def config_from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
+        check_options(hf, cls.hf_options)
         n_heads = hf["num_attention_heads"]
         return LlamaConfig(
             vocab_size=hf["vocab_size"],
@@ -204,14 +211,14 @@ class Llama(Pretrained):
             n_positions=hf.get("max_position_embeddings", 2048),
             rope_base=rope_base_from_hf(hf),
             attention_dropout=hf.get("attention_dropout", 0.0),
-            tied=hf.get("tie_word_embeddings", False),
+            tied=hf.get("tie_word_embeddings", cls.tied),
             eps=hf.get("rms_norm_eps", 1e-6),
         )
 
-    @staticmethod
-    def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    @classmethod
+    def config_to_hf(cls, config: LlamaConfig) -> dict[str, Any]:
         return {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [cls.hf_class],
             "vocab_size": config.vocab_size,
             "num_hidden_layers": config.n_layers,
             "num_attention_heads": config.n_heads,
@@ -226,8 +233,8 @@ class Llama(Pretrained):
             "rms_norm_eps": config.eps,
         }
 
-    @staticmethod
-    def hf_rules(config: LlamaConfig) -> list[Rule]:
+    @classmethod
+    def hf_rules(cls, config: LlamaConfig) -> list[Rule]:
         rules: list[Rule] = [
             Rename("model.embed_tokens.weight", "token_embedding.weight"),
             Rename("model.norm.weight", "norm.weight"),
@@ -235,7 +242,8 @@ class Llama(Pretrained):
         if not config.tied:
             rules.append(Rename("lm_head.weight", "lm_head.weight"))
         for i in range(config.n_layers):
-            rules += block_rules(f"model.layers.{i}", f"blocks.{i}")
+            theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+            rules += [Rename(f"{theirs}.{a}", f"{ours}.{b}") for a, b in cls.names.items()]
         return rules
 
     @staticmethod
@@ -256,14 +264,3 @@ def rope_base_from_hf(hf: Mapping[str, Any]) -> float:
             f"config.json scales the rotation ({kind!r}); this model supports 'default'"
         )
     return float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
-
-
-def block_rules(theirs: str, ours: str) -> list[Rule]:
-    """Rules of one block; the later models of this line name its parts alike."""
-    names = {
-        "input_layernorm": "attention_norm",
-        **{f"self_attn.{part}_proj": f"attention.{part}_proj" for part in "qkvo"},
-        "post_attention_layernorm": "ffn_norm",
-        **{f"mlp.{part}_proj": f"ffn.{part}_proj" for part in ("gate", "up", "down")},
-    }
-    return [Rename(f"{theirs}.{old}.weight", f"{ours}.{new}.weight") for old, new in names.items()]
