@@ -10,6 +10,8 @@ import torch
 from ipywidgets.embed import embed_data
 
 from llm_anatomy import figures
+from llm_anatomy.figures.peft import BYTES, METHODS, calculate
+from llm_anatomy.peft import counts
 from tools.book_pages import first_frame
 
 pytestmark = [pytest.mark.book, pytest.mark.browser]
@@ -39,6 +41,9 @@ def rounded(matrix: torch.Tensor, digits: int = 2) -> list[list[str]]:
 
 EXPLORED = [weights(n, 2, 3, len(s), len(s)) for n, s in enumerate(SENTENCES)]
 LAYERS = weights(7, 2, 3, 3, 3)
+DELTA = torch.diag(torch.tensor([4.0, -3.0, 2.0, 1.0]))
+COSTS = torch.tensor([1000.0, 10.0])
+ACCURACY = torch.tensor([[0.8, 0.9], [0.6, 0.9]])
 SCHEMES = {"one": torch.arange(36.0).view(6, 6), "two": torch.eye(6) * 2}
 
 
@@ -55,6 +60,14 @@ def gallery() -> dict[str, figures.Figure]:
             lambda a, b, c: f"<p>{a}{b}{c}",
             {"a": "pq", "b": "rs", "c": "xy"},
             about="Eight pages.",
+        ),
+        "rank": figures.rank_explorer(DELTA, [0, 1, 2, 4]),
+        "methods": figures.method_comparison(
+            ["full", "<b>LoRA</b>"],
+            {"trained": COSTS, "bytes": 4 * COSTS, "accuracy": ACCURACY},
+            across=["trained", "bytes"],
+            up=["accuracy"],
+            log=["trained", "bytes"],
         ),
         "painter": figures.mask_painter(torch.zeros(3, 3), TOKENS),
     }
@@ -76,6 +89,11 @@ def shown(context, site, make_visit):
             f"{first_frame(figure.model_id, state)}</div>"
             f'<script type="{kinds.format("view")}">{view}</script></div>'
         )
+    calculator = figures.peft_calculator().html
+    parts.append(
+        '<div class="cell_output docutils container" id="calculator"><div class="output text_html">'
+        f"{calculator}</div></div>"
+    )
     stored = json.dumps(data["manager_state"]).replace("<", "\\u003c")
     shell = (HTML / "reference" / "bibliography.html").read_text(encoding="utf-8")
     head, rest = shell.split('<article class="bd-article">')
@@ -107,7 +125,7 @@ of = lambda name: pytest.mark.parametrize("figure", [name], indirect=True)  # no
 def test_they_are_all_drawn(shown):
     assert shown.faults == []
     assert shown.page.locator(".first-frame").count() == 0
-    assert shown.page.locator(".la").count() == len(gallery())
+    assert shown.page.locator(".la").count() == len(gallery()) + 1  # and the calculator
 
 
 @of("explorer")
@@ -165,6 +183,78 @@ def test_stacks_in_stacks(figure):
             knob(figure, label).select_option(value)
         pages = figure.locator("p:not(.la-about)").filter(visible=True)
         assert pages.all_inner_texts() == [a + b + c]
+
+
+@of("rank")
+def test_rank_explorer_fills_the_singular_values_that_are_kept(figure):
+    handle = figure.locator("[role=slider]")
+    handle.press("Home")
+    for r, error in ((0, "100.0"), (1, "68.3"), (2, "40.8"), (4, "0.0")):
+        said = figure.locator("p:not(.la-about)").filter(visible=True).first.inner_text()
+        assert f"Rank {r} of 4" in said and f"the relative error is {error} %" in said
+        kept = (
+            figure.locator("path.la-kept")
+            .filter(visible=True)
+            .evaluate_all(
+                "paths => paths.map(path => path.getAttribute('d').split('M').length - 1)"
+            )
+        )
+        assert kept == ([r] if r else [])
+        drawn = figure.locator("img").filter(visible=True)
+        assert drawn.evaluate_all("all => all.map(i => i.naturalWidth)") == [4, 4]
+        handle.press("ArrowRight")
+
+
+@of("methods")
+def test_method_comparison_shows_the_chosen_columns(figure):
+    for column, costs in (("bytes", ["4,000", "40"]), ("trained", ["1,000", "10"])):
+        knob(figure, "across").select_option(column)
+        (table,) = figure.evaluate(TABLES)
+        assert table == [["1", costs[0], "0.85 ± 0.05"], ["2", costs[1], "0.75 ± 0.15"]]
+        assert figure.locator("circle").filter(visible=True).count() == 2
+
+
+@pytest.fixture
+def calculator(shown):
+    shown.page.set_viewport_size(shown.DESKTOP)
+    return shown.page.locator("#calculator")
+
+
+F32, BF16 = BYTES
+RESULT = "root => [...root.querySelectorAll('.la-result td')].map(cell => cell.textContent)"
+
+
+@pytest.mark.parametrize("model", counts.SHAPES)
+def test_calculator_computes_what_python_does(calculator, model):
+    shape = counts.SHAPES[model]
+    calculator.get_by_label("model", exact=True).select_option(label=model)
+    for name, method in METHODS.items():
+        calculator.get_by_label("method", exact=True).select_option(label=name)
+        size = calculator.locator("input")
+        assert size.is_visible() == bool(method.knob)
+        for n, numbers in ((1, F32), (511, F32), (16, BF16)) if method.knob else ((1, BF16),):
+            calculator.get_by_label("numbers", exact=True).select_option(label=numbers)
+            if method.knob:
+                calculator.get_by_label(method.knob).fill(str(n))
+            wanted = calculate(shape, method, n, BYTES[numbers])
+            assert calculator.evaluate(RESULT) == list(wanted.values()), (name, n)
+        assert f"{model}, {name}" in calculator.get_by_role("status").inner_text()
+
+
+def test_calculator_starts_at_the_usual_size_and_refuses_what_is_none(calculator):
+    calculator.get_by_label("model", exact=True).select_option(label="BERT-base")
+    calculator.get_by_label("method", exact=True).select_option(label="adapters, Houlsby")
+    size = calculator.get_by_label("bottleneck width m")
+    assert size.input_value() == "64"
+    for wrong in ("0", "-1", "1.5", "", "999999"):
+        size.fill(wrong)
+        assert set(calculator.evaluate(RESULT)) == {"–"}
+        assert "whole number from 1 to 3,072" in calculator.get_by_role("status").inner_text()
+    size.press("ArrowUp")
+    assert "–" in calculator.evaluate(RESULT)
+    size.fill("64")
+    size.press("ArrowDown")
+    assert "width m = 63" in calculator.get_by_role("status").inner_text()
 
 
 @of("painter")

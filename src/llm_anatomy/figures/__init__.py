@@ -14,6 +14,7 @@ from llm_anatomy.figures.explorers import (
     softmax_temperature,
 )
 from llm_anatomy.figures.live import mask_painter
+from llm_anatomy.figures.peft import method_comparison, peft_calculator, rank_explorer
 from llm_anatomy.figures.static import canvas, heat_map, line_plot, mask_pictures, show
 
 __all__ = [
@@ -29,7 +30,10 @@ __all__ = [
     "mask_gallery",
     "mask_painter",
     "mask_pictures",
+    "method_comparison",
+    "peft_calculator",
     "position_similarity",
+    "rank_explorer",
     "show",
     "softmax_temperature",
 ]
