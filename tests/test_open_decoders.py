@@ -18,8 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from llm_anatomy.models import bloom, gemma, llama, qwen
+from llm_anatomy.models import bloom, falcon, gemma, llama, qwen
 from llm_anatomy.models.bloom import Bloom, BloomConfig
+from llm_anatomy.models.falcon import Falcon, FalconConfig
 from llm_anatomy.models.gemma import Gemma
 from llm_anatomy.models.llama import Llama, LlamaConfig
 from llm_anatomy.models.qwen import Qwen2, Qwen3
@@ -91,6 +92,28 @@ def gemma_sizes(draw: Callable) -> dict[str, Any]:
     return llama_sizes(draw) | {"tie_word_embeddings": True}
 
 
+def falcon_sizes(draw: Callable) -> dict[str, Any]:
+    n_groups, n_kv_heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
+    grouped = draw(st.booleans())
+    return {
+        "num_attention_heads": n_groups * n_kv_heads,
+        "new_decoder_architecture": grouped,
+        "num_kv_heads": n_kv_heads if grouped else 1,
+        "num_ln_in_parallel_attn": draw(st.sampled_from([None, 1, 2])) if grouped else None,
+        "hidden_size": n_groups * n_kv_heads * draw(st.sampled_from([4, 6])),
+        "ffn_hidden_size": draw(st.sampled_from([9, 20])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "max_position_embeddings": draw(st.integers(16, 24)),
+        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
+        "hidden_dropout": 0.1,
+        "tie_word_embeddings": draw(st.booleans()),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": draw(st.sampled_from([10_000.0, 50.0])),
+        },
+    }
+
+
 LLAMA = LlamaConfig(
     vocab_size=V,
     n_layers=2,
@@ -148,6 +171,26 @@ FAMILIES = {
             "Gemma 7B": (gemma.GEMMA_7B, 8_537_680_896),
         },
         st.just(torch.float32),  # theirs keeps the scale of the embedding in float32
+    ),
+    "Falcon": Family(
+        Falcon,
+        transformers.FalconForCausalLM,
+        falcon_sizes,
+        FalconConfig(
+            vocab_size=V,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            d_model=24,
+            d_ff=20,
+            two_norms=True,
+            n_positions=24,
+        ),
+        {
+            "Falcon 7B": (falcon.FALCON_7B, 6_921_720_704),
+            "Falcon 40B": (falcon.FALCON_40B, 41_303_293_952),
+            "Falcon 180B": (falcon.FALCON_180B, 178_557_088_768),
+        },
     ),
     "BLOOM": Family(
         Bloom,
@@ -497,6 +540,14 @@ def test_more_than_its_context():
         ("Qwen2", {"use_sliding_window": True}, "use_sliding_window to True"),
         ("Qwen3", {"attention_bias": True}, "attention_bias to True"),
         ("Gemma", {"hidden_act": "silu"}, "hidden_act to 'silu'"),
+        ("Falcon", {"alibi": True}, "alibi to True; this model supports False"),
+        ("Falcon", {"parallel_attn": False}, "parallel_attn to False"),
+        ("Falcon", {"bias": True}, "bias to True"),
+        (
+            "Falcon",
+            {"new_decoder_architecture": False, "multi_query": False},
+            "multi_query to False",
+        ),
         ("BLOOM", {"apply_residual_connection_post_layernorm": True}, "post_layernorm to True"),
         ("BLOOM", {"n_layer": -1}, "n_layers must not be negative, got -1"),
     ],
