@@ -31,7 +31,8 @@ class FalconConfig:
     """Falcon 7B unless told otherwise.
 
     `two_norms` gives each half of a block its own norm; otherwise they share one. `dropout` acts on
-    what a block adds to the residual stream. A `tied` model scores the vocabulary with its embedding.
+    what a block adds to the residual stream. A `tied` model scores the vocabulary with its
+    embedding.
 
     Raises:
         ValueError: a field has another type than it states or is negative.
