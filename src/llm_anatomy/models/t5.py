@@ -123,7 +123,7 @@ class T5EncoderBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        bias: Float[Tensor, "1 H S S"],
+        bias: Float[Tensor, "1 H S _"],
         mask: Bool[Tensor, "#B 1 #S S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask, bias=bias))
