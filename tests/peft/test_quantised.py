@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_anatomy.models.gpt2 import GPT2, GPT2Config
+from llm_anatomy.peft import lora
 from llm_anatomy.peft.quantised import (
     QuantisedConfig,
     QuantisedLinear,
@@ -152,6 +153,28 @@ def test_layer_computes_with_the_rounded_weight_and_passes_gradients_on():
     want = torch.autograd.grad(F.linear(x, layer.dequantise(), linear.bias).square().sum(), x)[0]
     torch.testing.assert_close(x.grad, want)
     assert not trainable(layer)
+
+
+def test_lora_learns_on_a_base_in_four_bits():
+    model, tokens = tiny(), torch.randint(29, (2, 7))
+    quantise_base(model, QuantisedConfig(block=16))
+    before = copy.deepcopy(dict(model.named_buffers()))
+    lora.add(model, lora.LoRAConfig(r=2, alpha=4.0))
+    first = model(tokens)
+    assert all(name.rpartition(".")[2].startswith("lora") for name in trainable(model))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    lora.remove(model)
+    assert torch.equal(model(tokens), first)
+    assert all(torch.equal(t, before[n]) for n, t in model.named_buffers())
 
 
 def test_backward_keeps_no_weight_in_full():
