@@ -134,9 +134,30 @@ def test_a_name_without_counterpart_is_refused():
 
 
 def test_layers_that_theirs_stores_the_other_way_round():
-    assert files.stored_as_in_out(gpt2(), "blocks.0.ffn.up_proj")
-    assert not files.stored_as_in_out(bert(), "bert.blocks.0.ffn.up_proj")
-    assert not files.stored_as_in_out(nn.Sequential(nn.Linear(2, 3)), "0")
+    layer = nn.Identity()
+    assert files.any_in_out(gpt2(), {"token_embedding": layer, "blocks.0.ffn.up_proj": layer})
+    assert not files.any_in_out(gpt2(), {"token_embedding": layer})
+    assert not files.any_in_out(bert(), {"bert.blocks.0.ffn.up_proj": layer})
+
+
+def test_tensors_are_told_apart_by_what_they_belong_to():
+    def module_of(name):
+        return name.removesuffix(".gain") if name.endswith(".gain") else None
+
+    names = ("a.b.gain", "head.weight", "head.bias", "c.gain")
+    tensors = {files.PREFIX + name: torch.ones(1) for name in names}
+    assert files.split(tensors, module_of) == (["a.b", "c"], ["head"])
+    with pytest.raises(ValueError, match="nothing of its method"):
+        files.split({files.PREFIX + "head.bias": torch.ones(1)}, module_of)
+    with pytest.raises(ValueError, match=r"the adapter holds a\.gain; expected names"):
+        files.split({"a.gain": torch.ones(1)}, module_of)
+
+
+def test_modules_are_found_by_their_whole_names():
+    model = bert()
+    assert files.modules(model, ["classifier"]) == {"classifier": model.classifier}
+    with pytest.raises(ValueError, match="for dense, which the model lacks"):
+        files.modules(model, ["dense"])
 
 
 def test_modules_that_train_in_full():

@@ -6,7 +6,7 @@ A folder holds `adapter_config.json`, which names the method and its settings, a
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_anatomy.peft.targets import State, find
+from llm_anatomy.peft.targets import State, find, is_conv1d
 from llm_anatomy.weights import Fused, Pretrained, Rename
 
 PREFIX = "base_model.model."
@@ -180,14 +180,57 @@ def in_full(model: nn.Module, names: Sequence[str]) -> tuple[list[str], dict[str
     return list(modules), parameters
 
 
-def stored_as_in_out(model: nn.Module, name: str) -> bool:
-    """Whether Hugging Face stores the weight of our module `name` as (in, out), as GPT-2 does."""
+def modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules with exactly these names.
+
+    Raises:
+        ValueError: the model lacks one.
+    """
+    there = dict(model.named_modules())
+    for name in names:
+        if name not in there:
+            raise ValueError(f"the adapter is for {name}, which the model lacks")
+    return {name: there[name] for name in names}
+
+
+def any_in_out(model: nn.Module, wrapped: Mapping[str, nn.Module]) -> bool:
+    """Whether Hugging Face stores one of these weights as (in, out), as in GPT-2."""
     if not isinstance(model, Pretrained):
-        return False
+        return any(is_conv1d(layer.base) for layer in wrapped.values())
     return any(
-        isinstance(rule, Rename) and rule.ours == f"{name}.weight" and rule.layout is not None
+        isinstance(rule, Rename)
+        and rule.layout is not None
+        and rule.ours.removesuffix(".weight") in wrapped
         for rule in model.hf_rules(model.config)
     )
+
+
+def split(
+    tensors: Mapping[str, Tensor], module_of: Callable[[str], str | None]
+) -> tuple[list[str], list[str]]:
+    """Their names of the modules that a method has adapted, and of those that it trained in full.
+
+    Args:
+        tensors: as `read_tensors` gives them.
+        module_of: the module that a tensor of the method belongs to; None for any other tensor.
+
+    Raises:
+        ValueError: a name does not start as peft's do, or nothing belongs to the method.
+    """
+    adapted: dict[str, None] = {}
+    in_full: dict[str, None] = {}
+    for key in tensors:
+        if not key.startswith(PREFIX):
+            raise ValueError(f"the adapter holds {key}; expected names that start with {PREFIX}")
+        name = key.removeprefix(PREFIX)
+        module = module_of(name)
+        if module is None:
+            in_full[name.rpartition(".")[0]] = None
+        else:
+            adapted[module] = None
+    if not adapted:
+        raise ValueError("the adapter holds nothing of its method")
+    return list(adapted), list(in_full)
 
 
 def _fused(rule: Fused) -> str:
