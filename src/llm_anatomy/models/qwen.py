@@ -8,9 +8,9 @@ the biases, and each head normalises its queries and keys before they turn.
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_anatomy.attention import MultiHeadAttention, Rotate
 from llm_anatomy.models.llama import Llama, LlamaBlock, LlamaConfig
 from llm_anatomy.norms import RMSNorm
 
@@ -90,20 +90,17 @@ class Qwen2(Llama):
     names = Llama.names | {f"self_attn.{p}_proj.bias": f"attention.{p}_proj.bias" for p in "qkv"}
 
 
-class NormedAttention(MultiHeadAttention):
-    """Each head's queries and keys get a norm, so that no score can grow without limit."""
+class NormedHeads(nn.Module):
+    """A projection to heads, each of which gets a norm, so that no score can grow without limit."""
 
-    def __init__(self, d_model: int, n_heads: int, eps: float, **sizes: int | float | bool) -> None:
-        super().__init__(d_model, n_heads, **sizes)
-        self.q_norm = RMSNorm(self.d_head, eps)
-        self.k_norm = RMSNorm(self.d_head, eps)
+    def __init__(self, linear: nn.Linear, d_head: int, eps: float) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = RMSNorm(d_head, eps)
 
-    def _project(
-        self, x: Tensor, context: Tensor | None, rotate: Rotate | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super()._project(x, context, rotate=None)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return (q, k, v) if rotate is None else (rotate(q), rotate(k), v)
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T HE"]:
+        heads = self.linear(x).unflatten(-1, (-1, len(self.norm.weight)))  # (B, T, H, E)
+        return self.norm(heads).flatten(2)
 
 
 class Qwen3Block(LlamaBlock):
@@ -111,15 +108,9 @@ class Qwen3Block(LlamaBlock):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        self.attention = NormedAttention(
-            config.d_model,
-            config.n_heads,
-            config.eps,
-            n_kv_heads=config.n_kv_heads,
-            d_head=config.d_head,
-            bias=False,
-            dropout=config.attention_dropout,
-        )
+        for part in ("q_proj", "k_proj"):
+            linear = getattr(self.attention, part)
+            setattr(self.attention, part, NormedHeads(linear, config.d_head, config.eps))
 
 
 class Qwen3(Llama):
@@ -129,4 +120,8 @@ class Qwen3(Llama):
     hf_class = "Qwen3ForCausalLM"
     hf_options = Qwen2.hf_options | {"attention_bias": (False,)}
     block = Qwen3Block
-    names = Llama.names | {f"self_attn.{p}_norm.weight": f"attention.{p}_norm.weight" for p in "qk"}
+    names = Llama.names | {
+        f"self_attn.{part}_{theirs}.weight": f"attention.{part}_proj.{ours}.weight"
+        for part in "qk"
+        for theirs, ours in (("proj", "linear"), ("norm", "norm"))
+    }
