@@ -71,9 +71,7 @@ def initialise(
             theirs[position] = theirs[position] + tensor[0]
     start: dict[str, Tensor] = {}
     for name, tensor in ours.items():
-        source = re.sub(
-            r"(^|\.)blocks\.(\d+)\.", lambda m: f"{m[1]}blocks.{layers[int(m[2])]}.", name
-        )
+        source = _BLOCK.sub(lambda m: f"{m[1]}{layers[int(m[2])]}.", name)
         if source not in theirs:
             raise ValueError(f"the teacher has no {source}, which the student starts from")
         if theirs[source].shape != tensor.shape:
