@@ -385,6 +385,24 @@ def cached_float_mask(q, k, v, past_k, past_v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), k, v
 
 
+def cached_shifted(shift):
+    def step(q, k, v, past_k, past_v):
+        k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
+        key, query = torch.arange(k.shape[2]), torch.arange(q.shape[2])[:, None]
+        mask = key <= query + past_k.shape[2] + shift
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), k, v
+
+    return step
+
+
+def cached_strict_by_hand(q, k, v, past_k, past_v):
+    k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
+    mask = causal_by_tril(q.shape[2], k.shape[2]).roll(-1, dims=-1)
+    mask[..., -1] = False
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v, k, v
+
+
 def cached_new_first(q, k, v, past_k, past_v):
     k, v = torch.cat((k, past_k), 2), torch.cat((v, past_v), 2)
     mask = causal_by_tril(q.shape[2], k.shape[2])
@@ -693,6 +711,9 @@ WRONG = {
         (cached_without_mask, "no mask among the new positions: a new query sees"),
         (cached_is_causal, "starts at the upper left"),
         (cached_float_mask, "numbers 0 and 1"),
+        (cached_shifted(-1), "one place too strict"),
+        (cached_strict_by_hand, "sees nothing, hence the nan"),
+        (cached_shifted(1), "one place too wide"),
         (cached_new_first, "Positions stay in order"),
         (cached_ignores_past, "look at themselves only"),
         (cached_returns_new, "holds the new positions only"),
@@ -712,6 +733,11 @@ WRONG = {
         (
             lambda D, H, G, bias: H * int(count_by_building(D, H, G, bias)),
             "multiplied by the number",
+        ),
+        (lambda D, H, G, bias: H * 4 * D**2, "Each head is counted with matrices of D by D. The"),
+        (
+            lambda D, H, G, bias: 4 * H * D * (D + bias),
+            "Each head is counted with matrices of D by D, and with biases",
         ),
         (lambda D, H, G, bias: count_by_building(D, H, G, True), "even where `bias` is false"),
         (lambda D, H, G, bias: count_by_building(D, H, 1, bias), "as for one head"),
@@ -766,6 +792,7 @@ WRONG = {
         (rope_template(speed=lambda i, E: 0), "same speed"),
         (rope_template(speed=lambda i, E: i / E), "The power is -i/E"),
         (rope_template(speed=lambda i, E: -2 * i / E), "The power has the wrong sign"),
+        (lambda x, p, base: rope_by_complex(x, p, 10_000.0), "The base is 10000 whatever"),
         (rope_template(positions_used=False), "The positions are not used"),
         (rope_template(swap=True), "The two halves have changed places"),
         (lambda x, p, base: rope_interleaved(x, -p, base), "are paired, and they turn the other"),

@@ -13,11 +13,13 @@ from llm_anatomy.exercises._engine import (
     agree,
     call,
     case,
+    mixed,
     normal,
     one_of,
     require,
     same_function,
     same_value,
+    unrepaired,
 )
 
 
@@ -377,6 +379,37 @@ def test_gradients_and_inference_mode_do_no_harm(demo):
     assert demo.grade("double", learner).status == "passed"
     with torch.no_grad():
         assert demo.grade("double", lambda x: x + x).status == "passed"
+
+
+# --- Many mistakes at once ----------------------------------------------------------------------
+
+
+def test_each_mixture_of_wrong_parts_is_named_with_the_fewest_first():
+    first = {"": lambda x: x, "The first is negated.": lambda x: -x}
+    second = {"": lambda x: 2 * x, "The second is x.": lambda x: x}
+    mistakes = mixed(first, second)
+    found = {mistake.cause: mistake.gives(3) for mistake in mistakes}
+    assert found == {
+        "The second is x.": (3, 3),
+        "The first is negated.": (-3, 6),
+        "The first is negated. The second is x.": (-3, 3),
+    }
+    assert list(found)[-1] == "The first is negated. The second is x."
+
+
+def test_each_set_of_bugs_that_may_be_left_is_named_and_all_of_them_are_untouched():
+    bugs = {"sign": "the sign is wrong", "two": "the factor 2 is missing"}
+
+    def broken(*names):
+        return lambda x: (-1) ** ("sign" in names) * (2 - ("two" in names)) * x
+
+    given, *left = unrepaired(bugs, broken)
+    assert given.untouched and given.gives(3) == -3
+    assert {mistake.cause: mistake.gives(3) for mistake in left} == {
+        "One mistake is left: the sign is wrong.": -6,
+        "One mistake is left: the factor 2 is missing.": 3,
+    }
+    assert not any(mistake.untouched for mistake in left)
 
 
 # --- What an author can get wrong --------------------------------------------------------------

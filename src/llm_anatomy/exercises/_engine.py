@@ -20,6 +20,7 @@ debugger or a coverage tool traces already, it keeps its place and there is no l
 import contextlib
 import difflib
 import inspect
+import itertools
 import linecache
 import math
 import numbers
@@ -46,6 +47,7 @@ __all__ = [
     "call",
     "case",
     "fail",
+    "mixed",
     "need_function",
     "normal",
     "not_done",
@@ -54,6 +56,7 @@ __all__ = [
     "same",
     "same_function",
     "same_value",
+    "unrepaired",
 ]
 
 PRELUDE = """\
@@ -218,6 +221,43 @@ def _count() -> None:
     counter = _comparisons.get()
     if counter is not None:
         counter[0] += 1
+
+
+# --- Many mistakes at once ------------------------------------------------------------------------
+
+
+def mixed(*parts: Mapping[str, Callable[..., Any]]) -> list[Mistake]:
+    """A mistake for each mixture of right and wrong parts of a tuple, fewest wrong ones first.
+
+    Each mapping holds the right version of its part under "", and wrong ones under what to say.
+    """
+    rows = sorted(itertools.product(*parts), key=lambda row: sum(map(bool, row)))
+    return [
+        Mistake(
+            " ".join(text for text in row if text),
+            lambda *args, row=row: tuple(
+                part[text](*args) for part, text in zip(parts, row, strict=True)
+            ),
+        )
+        for row in rows
+        if any(row)
+    ]
+
+
+def unrepaired(bugs: Mapping[str, str], broken: Callable[..., Callable[..., Any]]) -> list[Mistake]:
+    """A mistake for each set of bugs that may be left in code that is to be repaired.
+
+    Args:
+        bugs: what to say of each bug, in a clause; fewer than six of them.
+        broken: makes the code that has the bugs of these names. With all it is the code as given.
+    """
+    mistakes = [Mistake("", broken(*bugs), untouched=True)]
+    for n in range(1, len(bugs)):
+        count = ("One mistake is", "Two mistakes are", "Three mistakes are", "Four mistakes are")
+        for names in itertools.combinations(bugs, n):
+            text = "; ".join(bugs[name] for name in names)
+            mistakes.append(Mistake(f"{count[n - 1]} left: {text}.", broken(*names), hint=2))
+    return mistakes
 
 
 # --- What a checker says -------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from llm_anatomy.exercises._engine import (
     one_of,
     same_function,
     same_value,
+    unrepaired,
 )
 
 # --- Shared by several checks --------------------------------------------------------------------
@@ -1324,17 +1325,6 @@ _BUGS = {
 }
 
 
-def _bug_mistakes() -> list[Mistake]:
-    """One for each set of mistakes that may be left."""
-    mistakes = [Mistake("", _broken(*_BUGS), untouched=True)]
-    for n in (1, 2, 3):
-        for left in itertools.combinations(_BUGS, n):
-            count = ("One mistake is", "Two mistakes are", "Three mistakes are")[n - 1]
-            text = "; ".join(_BUGS[bug] for bug in left)
-            mistakes.append(Mistake(f"{count} left: {text}.", _broken(*left), hint=2))
-    return mistakes
-
-
 def _mha_oracle(
     x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int
 ) -> Tensor:
@@ -1418,7 +1408,7 @@ def fix_multi_head(
     "independent implementation is the only test that finds them.",
     point="Code with the right shapes can be wrong four times over: compare values with something "
     "written by somebody else.",
-    check=same_function(_mha_oracle, _mha_cases, _bug_mistakes()),
+    check=same_function(_mha_oracle, _mha_cases, unrepaired(_BUGS, _broken)),
 )
 
 
@@ -1525,6 +1515,14 @@ def _cached(
     return _attend(q, k, v, _triangle(T, S, S - T if shift is None else shift))[0], k, v
 
 
+def _cached_strict(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *, unseen: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """No query sees itself; the output is `unseen` where it sees nothing at all."""
+    output, *both = _cached(q, k, v, past_k, past_v, shift=past_k.shape[2] - 1)
+    return (output.nan_to_num(unseen), *both)
+
+
 def _cached_oracle(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -1601,6 +1599,23 @@ def cached_step(
                 "The mask starts at the upper left: the first new query sees only the first key of "
                 "the cache. The queries are the last T positions.",
                 lambda *a: _cached(*a, shift=0),
+                hint=2,
+            ),
+            Mistake(
+                "The mask is one place too strict: a new query does not see its own position. Its "
+                "diagonal moves right by P, not by P - 1.",
+                lambda *a: _cached_strict(*a, unseen=0.0),
+                hint=2,
+            ),
+            Mistake(
+                "A new query does not see its own position: the diagonal of the mask moves right "
+                "by P, not by P - 1. Without a cache its first row sees nothing, hence the nan.",
+                lambda *a: _cached_strict(*a, unseen=math.nan),
+                hint=2,
+            ),
+            Mistake(
+                "The mask is one place too wide: a new query sees the position after its own.",
+                lambda q, k, v, pk, pv: _cached(q, k, v, pk, pv, shift=pk.shape[2] + 1),
                 hint=2,
             ),
             Mistake(
@@ -1732,6 +1747,16 @@ def count_parameters(d_model: int, n_heads: int, n_kv_heads: int, bias: bool) ->
                 "It is multiplied by the number of heads. The heads share out the width D; each "
                 "has only E = D/H of it.",
                 lambda D, H, G, bias: H * _n_parameters(D, H, G, bias),
+            ),
+            Mistake(
+                "Each head is counted with matrices of D by D. The heads share out the width D: "
+                "together, those of one projection are as wide as one matrix.",
+                lambda D, H, G, bias: H * 4 * D * D,
+            ),
+            Mistake(
+                "Each head is counted with matrices of D by D, and with biases as long. The heads "
+                "share out the width D: together they have one such matrix for each projection.",
+                lambda D, H, G, bias: H * (4 * D * D + 4 * D * bias),
             ),
             Mistake(
                 "Keys and values are counted with E outputs, as for one head. There are G of them.",
@@ -2334,6 +2359,10 @@ def rope(
             Mistake(
                 "The power has the wrong sign, so the pairs get faster instead of slower.",
                 lambda x, p, base: _rope(x, p, base, power=-2.0),
+            ),
+            Mistake(
+                "The base is 10000 whatever `base` says. Models differ in it.",
+                lambda x, p, base: _rope(x, p, 10_000.0),
             ),
             Mistake(
                 "The positions are not used: the rows are counted from 0. With a cache the new "

@@ -4,9 +4,8 @@ What is compared with: autograd, numerical integration and numpy-like loops in f
 own routines.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,31 +18,11 @@ from llm_anatomy.exercises._engine import (
     Exercise,
     Mistake,
     case,
+    mixed,
     normal,
     same_function,
     same_value,
 )
-
-# --- Shared by several checks --------------------------------------------------------------------
-
-
-def _mixed(*parts: Mapping[str, Callable[..., Any]]) -> list[Mistake]:
-    """A mistake for each mixture of right and wrong parts of a tuple, fewest wrong ones first.
-
-    Each mapping holds the right version of its part under "", and wrong ones under what to say.
-    """
-    rows = sorted(itertools.product(*parts), key=lambda row: sum(map(bool, row)))
-    return [
-        Mistake(
-            " ".join(text for text in row if text),
-            lambda *args, row=row: tuple(
-                part[text](*args) for part, text in zip(parts, row, strict=True)
-            ),
-        )
-        for row in rows
-        if any(row)
-    ]
-
 
 # --- A chain of factors --------------------------------------------------------------------------
 
@@ -321,7 +300,7 @@ def init_stds(n_in: int, n_out: int) -> tuple[float, float]:
                 "These are variances. A standard deviation is the root of it.",
                 lambda a, b: (2 / (a + b), 2 / a),
             ),
-            *_mixed(
+            *mixed(
                 {
                     "": lambda a, b: math.sqrt(2 / (a + b)),
                     "Xavier: 1/n_in looks at the forward pass alone. Both sizes count.": (
@@ -696,7 +675,7 @@ def residual_bounds(c: float, n_layers: int) -> tuple[float, float]:
             math.prod(1 + c for _ in range(L)),
         ),
         [case(f"c={c}, L={L}", c, L) for c, L in ((0.1, 6), (0.5, 3), (1.5, 2), (2.5, 3))],
-        _mixed(
+        mixed(
             {
                 "": lambda c, L: max(0.0, 1 - c) ** L,
                 "Lower: (1 - c) to the power of L turns positive or negative for c above 1. A "
@@ -799,7 +778,7 @@ def two_norms(
                 "The two are right, and have changed places: batch norm comes first.",
                 lambda x, eps: (_normed(x, eps, 2), _normed(x, eps, (0, 1))),
             ),
-            *_mixed(
+            *mixed(
                 {
                     "": lambda x, eps: _normed(x, eps, (0, 1)),
                     "Batch norm: the mean runs over the examples alone, so each position has its "

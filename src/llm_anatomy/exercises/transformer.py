@@ -4,9 +4,8 @@ What is compared with: torch's own layers and losses in float64, or loops that s
 out.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,31 +19,15 @@ from llm_anatomy.exercises._engine import (
     Mistake,
     call,
     case,
+    mixed,
     normal,
     require,
     same_function,
     same_value,
+    unrepaired,
 )
 
 # --- Shared by several checks --------------------------------------------------------------------
-
-
-def _mixed(*parts: Mapping[str, Callable[..., Any]]) -> list[Mistake]:
-    """A mistake for each mixture of right and wrong parts of a tuple, fewest wrong ones first.
-
-    Each mapping holds the right version of its part under "", and wrong ones under what to say.
-    """
-    rows = sorted(itertools.product(*parts), key=lambda row: sum(map(bool, row)))
-    return [
-        Mistake(
-            " ".join(text for text in row if text),
-            lambda *args, row=row: tuple(
-                part[text](*args) for part, text in zip(parts, row, strict=True)
-            ),
-        )
-        for row in rows
-        if any(row)
-    ]
 
 
 def _integers(*shape: int, low: int, high: int, seed: int) -> Tensor:
@@ -410,7 +393,7 @@ def residual_blocks(
                 "The two are right, and have changed places: post-norm comes first.",
                 lambda x, f, n: (x + f(n(x)), n(x + f(x))),
             ),
-            *_mixed(
+            *mixed(
                 {
                     "": lambda x, f, n: n(x + f(x)),
                     "Post-norm: the norm is applied to the sublayer's output, before the sum. It "
@@ -692,7 +675,7 @@ def three_masks(
             case("B=3, S=2, T=6", _keep([2, 1, 2], 2), _keep([1, 5, 6], 6)),
             case("B=1, S=7, T=3", _keep([4], 7), _keep([2], 3)),
         ],
-        _mixed(
+        mixed(
             {
                 "": lambda s, t: _keys(s, s.shape[1]),
                 "Encoder: it is causal, yet the source is known in full.": (
@@ -805,7 +788,7 @@ def tied_embedding(
             torch.einsum("btd,vd->btv", hidden.double(), table.double()),
         ),
         _tied_cases,
-        _mixed(
+        mixed(
             {
                 "": lambda i, h, w: w[i] * math.sqrt(w.shape[1]),
                 "The embedding is not scaled by sqrt(D).": lambda i, h, w: w[i],
@@ -1561,20 +1544,12 @@ _WIRING = {
 
 def _wiring_mistakes() -> list[Mistake]:
     """One for each set of mistakes that may be left."""
-    mistakes = [
-        Mistake("", _wired(*_WIRING), untouched=True),
-        Mistake(
-            "The four are repaired, but cross-attention sees the padding of the source: it needs "
-            "memory_keep, with an axis for the queries.",
-            _wired("blind"),
-        ),
-    ]
-    for n in (1, 2, 3):
-        for left in itertools.combinations(_WIRING, n):
-            count = ("One mistake is", "Two mistakes are", "Three mistakes are")[n - 1]
-            text = "; ".join(_WIRING[bug] for bug in left)
-            mistakes.append(Mistake(f"{count} left: {text}.", _wired(*left), hint=2))
-    return mistakes
+    blind = Mistake(
+        "The four are repaired, but cross-attention sees the padding of the source: it needs "
+        "memory_keep, with an axis for the queries.",
+        _wired("blind"),
+    )
+    return [*unrepaired(_WIRING, _wired), blind]
 
 
 _DECODER_SIGNATURE = '''
