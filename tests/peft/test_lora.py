@@ -300,6 +300,14 @@ def test_first_factors_are_drawn_as_the_authors_code_does():
     torch.testing.assert_close(embedding.lora_B.std().item(), 1.0, rtol=0.05, atol=0.0)
 
 
+def test_padding_learns_nothing():
+    """As in the table of the base: the column of A that belongs to padding has no gradient."""
+    layer = LoRAEmbedding(nn.Embedding(9, 6, padding_idx=2), LoRAConfig(r=R))
+    layer(torch.tensor([[2, 4, 2]])).square().sum().backward()
+    assert layer.lora_A.grad[:, 4].any()
+    assert not layer.lora_A.grad[:, 2].any()
+
+
 @pytest.mark.parametrize("kind", sorted(twins.OURS))
 def test_merged_it_computes_the_same_and_unmerged_it_is_the_base(kind):
     model = twins.ours(kind, torch.float64)
@@ -384,6 +392,7 @@ def test_on_a_base_in_four_bits():
         (LoRAConfig(targets=("query",)), "no module is called query"),
         (LoRAConfig(targets=("q_proj", "ffn_norm")), "ffn_norm is a LayerNorm"),
         (LoRAConfig(r=13), "rank 13 is above the width of"),
+        (LoRAConfig(r=13, targets=("down_proj",)), "which maps 20 to 12"),
         (LoRAConfig(also_train=("head",)), "no module is called head"),
         (LoRAConfig(also_train=("attention",)), "cannot be a target and train in full"),
     ],
