@@ -38,7 +38,11 @@ TIMEOUT_SECONDS = 240
 PRELOADED = [
     *("pytest", "nbval.plugin", "hypothesis", "beartype", "jaxtyping"),
     *("torch", "einops", "safetensors.torch", "tqdm.auto"),
-    *(f"transformers.models.{m}.modeling_{m}" for m in ("bloom", "llama", "marian", "t5")),
+    *(
+        f"transformers.models.{m}.modeling_{m}"
+        for m in ("bart", "bert", "bloom", "gpt2", "llama", "mamba", "marian", "openai", "t5")
+    ),
+    "peft",
 ]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)
