@@ -31,6 +31,7 @@ from llm_anatomy.models.bert import (
     BertForTokenClassification,
     BertModel,
 )
+from llm_anatomy.models.elmo import Elmo, ElmoConfig
 from llm_anatomy.models.roberta import RobertaForMaskedLM
 from llm_anatomy.objectives import (
     IGNORED,
@@ -204,7 +205,8 @@ def test_three_parts_and_their_sizes() -> None:
 def test_both_sides_count_in_bert_and_one_in_gpt() -> None:
     """C015, C104, C106, C133, C195, C228, C240: change one token; whose vectors move?
 
-    "bank" at position 3 with another right context: BERT's vector moves, GPT-2's does not at all.
+    "bank" at position 3 with another right context: BERT's vector moves, GPT-2's does not at all,
+    and ELMo's in one half: its two directions stand side by side.
     """
     ids = tiny.tokens()
     for position in (0, 3, 7):
@@ -215,6 +217,13 @@ def test_both_sides_count_in_bert_and_one_in_gpt() -> None:
         assert torch.equal(tiny.moved(before, after), torch.arange(8) >= position)
         roberta = ours(RobertaForMaskedLM, BertConfig(**vars(CONFIG) | {"pad_id": 1}))
         assert tiny.moved(roberta(ids), roberta(other)).all()
+        config = ElmoConfig(vocab_size=V, filters=((1, 5), (2, 6)), d_cell=12, d_model=8)
+        elmo = tiny.randomise(Elmo(config))
+        spelling = torch.randint(97, 123, (V, 4), generator=generator())
+        halves = (elmo.hidden(elmo.embed(i, spelling))[-1].chunk(2, dim=-1) for i in (ids, other))
+        moved = [tiny.moved(*half) for half in zip(*halves, strict=True)]
+        assert torch.equal(moved[0], torch.arange(8) >= position)
+        assert torch.equal(moved[1], torch.arange(8) <= position)
 
 
 def test_bidirectional_by_its_mask_not_by_its_training() -> None:
