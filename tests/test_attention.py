@@ -263,9 +263,12 @@ def test_cached_equals_uncached(capacity, n_kv_heads, pieces):
 @torch.inference_mode()
 def test_cross_attention_reads_its_memory_once():
     layer, x, memory = randomised(D, 3), torch.randn(B, T, D), torch.randn(B, S, D)
-    cache = KVCache()
+    cache, calls = KVCache(), []
+    for projection in (layer.k_proj, layer.v_proj):
+        projection.register_forward_hook(lambda *_: calls.append(1))
     first = layer(x[:, :2], memory, cache=cache)
     rest = layer(x[:, 2:], memory[:, :0], cache=cache)
+    assert len(calls) == 2
     torch.testing.assert_close(torch.cat((first, rest), dim=1), layer(x, memory))
 
 

@@ -43,6 +43,15 @@ def test_growing_cache_carries_gradients():
     assert torch.equal(k.grad, torch.ones_like(k))
 
 
+@pytest.mark.parametrize("capacity", [None, 9])
+def test_held_is_what_was_appended_last(capacity):
+    cache = KVCache(capacity)
+    for T in (4, 1):
+        added = cache.append(torch.randn(2, 3, T, 5), torch.randn(2, 3, T, 7))
+        for a, b in zip(added, cache.held(), strict=True):
+            assert torch.equal(a, b) and a.data_ptr() == b.data_ptr()
+
+
 def test_full_cache_refuses_and_keeps_what_it_has():
     cache = KVCache(3)
     k, v = some(2)

@@ -199,6 +199,21 @@ def test_round_trips(ours_class, sizes):
 
 
 @each_model
+def test_matrices_stay_as_they_lie_in_the_file(ours_class):
+    """Loading into a model of another layout, type and mode changes its layout alone."""
+    theirs, ours = twins(ours_class, {"n_positions": 24, "n_embd": 12, "n_layer": 2, "n_head": 3})
+    again = ours_class(ours.config).double().requires_grad_(False)
+    held = dict(again.named_parameters())
+    again.load_hf(theirs.state_dict())
+    for model, dtype in ((ours, torch.float32), (again, torch.float64)):
+        for name, p in model.named_parameters():
+            turned = name.endswith("_proj.weight")  # all of these are Conv1D
+            assert p.stride() == ((1, p.shape[0]) if turned else p.contiguous().stride()), name
+            assert p.dtype == dtype and p.untyped_storage().nbytes() == p.numel() * p.itemsize
+    assert all(held[name] is p and not p.requires_grad for name, p in again.named_parameters())
+
+
+@each_model
 def test_a_file_as_openai_s_holds_the_model_without_its_prefix_and_the_masks(ours_class, tmp_path):
     sizes = {"n_positions": 24, "n_embd": 12, "n_layer": 2, "n_head": 3}
     theirs = build(ours_class, sizes)

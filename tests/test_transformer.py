@@ -489,6 +489,26 @@ def test_heads_that_do_not_divide_the_width(n_heads):
         Transformer(dataclasses.replace(SMALL, n_heads=n_heads))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("attention_dropout", 0.1),
+        ("activation_dropout", 0.1),
+        ("encoder_layerdrop", 0.1),
+        ("decoder_layerdrop", 0.1),
+        ("normalize_before", True),
+        ("normalize_embedding", True),
+        ("add_final_layer_norm", True),
+        ("static_position_embeddings", False),
+        ("share_encoder_decoder_embeddings", False),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_options_of_marian_that_make_another_model(option, value):
+    with pytest.raises(ValueError, match=f"config.json sets {option} to {value}"):
+        Transformer.config_from_hf(Transformer.config_to_hf(SMALL) | {option: value})
+
+
 def test_a_pre_norm_model_has_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no Hugging Face checkpoint format"):
         PreNormTransformer(SMALL).save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -131,15 +131,21 @@ class MultiHeadAttention(nn.Module):
             bias: added to the scores, in nats.
             rotate: turns queries and keys before they meet (rotary embeddings).
             cache: holds earlier keys and values; those of `context` are appended, and the queries
-                look at all of them. An empty context (C = 0) adds nothing, so that cross-attention
-                reads its memory once.
+                look at all of them. An empty context (C = 0) adds nothing and costs nothing, so
+                that cross-attention reads its memory once.
 
         Raises:
             ValueError: a width differs from d_model, or batches differ.
         """
-        q, k, v = self._project(x, context, rotate)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        context = self._context(x, context)
+        q = self._heads(self.q_proj(x), rotate)  # (B, H, T, E)
+        if cache and context.shape[1] == 0:
+            k, v = cache.held()
+        else:
+            k = self._heads(self.k_proj(context), rotate)  # (B, G, C, E)
+            v = self._heads(self.v_proj(context))
+            if cache is not None:
+                k, v = cache.append(k, v)  # (B, G, S, E)
         allowed = mask
         if bias is not None:
             allowed = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
@@ -152,7 +158,7 @@ class MultiHeadAttention(nn.Module):
             scale=self.scale,
             enable_gqa=self.n_groups > 1,
         )
-        return self.o_proj(rearrange(y, "B H T E -> B T (H E)"))
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
     def weights(
         self,
@@ -164,15 +170,16 @@ class MultiHeadAttention(nn.Module):
         rotate: Rotate | None = None,
     ) -> Float[Tensor, "B H T S"]:
         """The weights that `forward` uses without dropout, for looking at; rows sum to 1 (or 0)."""
-        q, k, v = self._project(x, context, rotate)
-        k = repeat(k, "B G S E -> B (G n) S E", n=self.n_groups)
-        v = repeat(v, "B G S E -> B (G n) S E", n=self.n_groups)
+        context = self._context(x, context)
+        q = self._heads(self.q_proj(x), rotate)
+        k = repeat(
+            self._heads(self.k_proj(context), rotate), "B G S E -> B (G n) S E", n=self.n_groups
+        )
+        v = repeat(self._heads(self.v_proj(context)), "B G S E -> B (G n) S E", n=self.n_groups)
         return scaled_dot_product_attention(q, k, v, mask, bias, self.scale)[1]
 
-    def _project(
-        self, x: Tensor, context: Tensor | None, rotate: Rotate | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, E), keys and values (B, G, S, E)."""
+    def _context(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """What keys and values come from, once it is known to fit."""
         context = x if context is None else context
         for name, t in (("x", x), ("context", context)):
             if t.ndim != 3 or t.shape[-1] != self.d_model:
@@ -182,7 +189,9 @@ class MultiHeadAttention(nn.Module):
                 )
         if x.shape[0] != context.shape[0]:
             raise ValueError(f"x has batch {x.shape[0]}, context {context.shape[0]}")
-        q = rearrange(self.q_proj(x), "B T (H E) -> B H T E", E=self.d_head)
-        k = rearrange(self.k_proj(context), "B S (G E) -> B G S E", E=self.d_head)
-        v = rearrange(self.v_proj(context), "B S (G E) -> B G S E", E=self.d_head)
-        return (q, k, v) if rotate is None else (rotate(q), rotate(k), v)
+        return context
+
+    def _heads(self, x: Tensor, rotate: Rotate | None = None) -> Tensor:
+        """From (B, T, H * E) to (B, H, T, E). PyTorch's own functions: einops takes longer."""
+        x = x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        return x if rotate is None else rotate(x)

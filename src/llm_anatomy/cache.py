@@ -30,6 +30,10 @@ class KVCache:
     def __len__(self) -> int:
         return self.length
 
+    def held(self) -> tuple[Float[Tensor, "B G S E"], Float[Tensor, "B G S M"]]:
+        """All keys and values so far, of a cache that is not empty."""
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
+
     def append(
         self, k: Float[Tensor, "B G T E"], v: Float[Tensor, "B G T M"]
     ) -> tuple[Float[Tensor, "B G S E"], Float[Tensor, "B G S M"]]:
@@ -42,13 +46,14 @@ class KVCache:
         T = k.shape[2]
         if self.k is not None:
             for name, new, held in (("keys", k, self.k), ("values", v, self.v)):
-                if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
+                B, G, _, E = held.shape
+                if new.shape != (B, G, T, E):
                     raise ValueError(
-                        f"the cache holds {name} of batch {held.shape[0]}, {held.shape[1]} heads "
-                        f"and width {held.shape[3]}, but got shape {tuple(new.shape)}"
+                        f"the cache holds {name} of batch {B}, {G} heads and width {E}, "
+                        f"but got shape {tuple(new.shape)}"
                     )
             if T == 0:  # cross-attention, after its first step: nothing to copy
-                return self.k[:, :, : self.length], self.v[:, :, : self.length]
+                return self.held()
         if self.capacity is None:
             self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
             self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
@@ -62,10 +67,10 @@ class KVCache:
         if self.k is None:
             self.k = k.new_empty(*k.shape[:2], self.capacity, k.shape[3])
             self.v = v.new_empty(*v.shape[:2], self.capacity, v.shape[3])
-        old, self.length = self.length, self.length + T
-        self.k[:, :, old : self.length] = k
-        self.v[:, :, old : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+        self.k.narrow(2, self.length, T).copy_(k)
+        self.v.narrow(2, self.length, T).copy_(v)
+        self.length += T
+        return self.held()
 
     def reorder(self, rows: Int[Tensor, " K"]) -> None:
         """Go on with these rows of the batch, in this order; a row may be taken twice.

@@ -126,7 +126,8 @@ class GPT1(Pretrained):
         if keep is not None:
             check_keep(keep, x.shape[0], end)
             positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, offset:]  # (B, T)
-        check_context(int(positions.max()) + 1, self.config.n_positions)
+            end = int(positions.max()) + 1
+        check_context(end, self.config.n_positions)
         return self.dropout(x + self.position_embedding(positions))
 
     def hidden(

@@ -19,7 +19,7 @@ from llm_anatomy import masks
 from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.feedforward import Activation, FeedForward
-from llm_anatomy.models.checks import check_context, check_tokens, padding_mask
+from llm_anatomy.models.checks import check_context, check_options, check_tokens, padding_mask
 from llm_anatomy.positions import sinusoidal
 from llm_anatomy.weights import Pretrained, Rename, Rule, check_fields
 
@@ -280,6 +280,21 @@ class Transformer(Pretrained):
 
     @staticmethod
     def config_from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
+        check_options(
+            hf,
+            {
+                "attention_dropout": (0.0,),
+                "activation_dropout": (0.0,),
+                "encoder_layerdrop": (0.0,),
+                "decoder_layerdrop": (0.0,),
+                "normalize_before": (False,),
+                "normalize_embedding": (False,),
+                "add_final_layer_norm": (False,),
+                "static_position_embeddings": (True,),
+                "share_encoder_decoder_embeddings": (True,),
+                "tie_word_embeddings": (True,),
+            },
+        )
         for ours, theirs in (("attention_heads", "n_heads"), ("ffn_dim", "d_ff")):
             if hf[f"encoder_{ours}"] != hf[f"decoder_{ours}"]:
                 raise ValueError(f"encoder and decoder must have the same {theirs}")
