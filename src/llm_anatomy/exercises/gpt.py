@@ -173,8 +173,8 @@ The **first** `eos_id` of a row belongs to the text: a model that is never asked
 to stop.
 """,
     stub='''
-def labels_with_eos(tokens: Int[Tensor, "B T"], eos_id: int) -> Int[Tensor, "B L"]:
-    """The next tokens, -100 where they are padding; L = T - 1."""
+def labels_with_eos(tokens: Int[Tensor, "B T"], eos_id: int) -> Int[Tensor, "B T-1"]:
+    """The next tokens, one fewer, -100 where they are padding."""
     raise NotImplementedError
 ''',
     hints=(
@@ -184,8 +184,8 @@ def labels_with_eos(tokens: Int[Tensor, "B T"], eos_id: int) -> Int[Tensor, "B L
         "hide a label where the *input* is the end token.",
     ),
     solution='''
-def labels_with_eos(tokens: Int[Tensor, "B T"], eos_id: int) -> Int[Tensor, "B L"]:
-    """The next tokens, -100 where they are padding; L = T - 1."""
+def labels_with_eos(tokens: Int[Tensor, "B T"], eos_id: int) -> Int[Tensor, "B T-1"]:
+    """The next tokens, one fewer, -100 where they are padding."""
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     return labels.masked_fill(inputs == eos_id, -100)
 ''',
