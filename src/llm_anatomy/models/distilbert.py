@@ -21,7 +21,7 @@ from llm_anatomy.models.bert import (
     MaskedLMHead,
     linear,
 )
-from llm_anatomy.models.checks import check_context, check_options, check_tokens
+from llm_anatomy.models.checks import check_options, check_tokens
 from llm_anatomy.weights import Rename, Rule
 
 DISTILBERT_BASE = BertConfig(n_layers=6, n_segments=1, head_dropout=0.2)
@@ -68,7 +68,6 @@ class DistilBert(Bert):
         if segments is not None:
             raise ValueError("DistilBERT tells no segments apart; got some")
         check_tokens(tokens, self.config.vocab_size)
-        check_context(tokens.shape[1], self.config.n_positions)
         x = self.token_embedding(tokens) + self.position_embedding(self.positions(tokens))
         return self.dropout(self.embedding_norm(x))
 
