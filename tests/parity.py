@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llm_anatomy.weights import Pretrained, to_hf
@@ -68,6 +68,113 @@ def check_gradients(ours: Pretrained, theirs: PreTrainedModel, **tolerance: floa
         torch.testing.assert_close(
             gradient, their_gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance
         )
+
+
+def read(theirs: PreTrainedModel, source: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
+    """Logits of an encoder-decoder of theirs, whose masks hold numbers."""
+    mask = None if keep is None else keep.long()
+    return theirs(source, attention_mask=mask, decoder_input_ids=target).logits
+
+
+def check_loss_and_gradients(
+    theirs: PreTrainedModel,
+    ours: Pretrained,
+    source: Tensor,
+    labels: Tensor,
+    keep: Tensor | None,
+    **tolerance: float,
+) -> None:
+    """Of an encoder-decoder, which makes the input of its decoder from the labels."""
+    labels = labels.clone()
+    labels[1, 4:] = -100
+    mask = None if keep is None else keep.long()
+    want = theirs(source, attention_mask=mask, labels=labels).loss
+    loss = mean_loss(ours(source, ours.target_of(labels), keep), labels)
+    torch.testing.assert_close(loss, want, **tolerance)
+    want.backward()
+    loss.backward()
+    check_gradients(ours, theirs, **tolerance)
+
+
+def check_dropout(
+    theirs: PreTrainedModel, ours: Pretrained, source: Tensor, target: Tensor, keep: Tensor
+) -> None:
+    """With the same seed an encoder-decoder drops the same features, in the same order."""
+    torch.manual_seed(1)
+    want = read(theirs.train(), source, target, keep)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours.train()(source, target, keep), want)
+
+
+@torch.no_grad()
+def check_generation(
+    theirs: PreTrainedModel,
+    ours: Pretrained,
+    source: Tensor,
+    keep: Tensor | None,
+    cache: str,
+    *,
+    start: int,
+    eos: int,
+    pad: int,
+) -> None:
+    """Greedily by an encoder-decoder, ours without a cache ("no"), a "grown" or a "fixed" one.
+
+    No token twice in a row of the batch: a random model would repeat its first one for ever.
+    """
+    expected = theirs.generate(
+        source,
+        attention_mask=torch.ones_like(source) if keep is None else keep.long(),
+        generation_config=GenerationConfig(
+            max_new_tokens=12,
+            do_sample=False,
+            no_repeat_ngram_size=1,
+            use_cache=False,  # theirs has as many layers as the encoder, which may be too few
+            pad_token_id=pad,
+            eos_token_id=eos,
+            decoder_start_token_id=start,
+        ),
+    )
+    memory = ours.encode(source, keep)
+    caches = None if cache == "no" else ours.new_caches(None if cache == "grown" else 12)
+    got = greedy(
+        lambda new, _: ours.decode(new, memory, keep, caches),
+        torch.full((len(source), 1), start),
+        12,
+        eos=eos,
+        pad=pad,
+        cached=cache != "no",
+    )
+    assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def check_causality(model: Pretrained, source: Tensor, target: Tensor, keep: Tensor) -> None:
+    """No position of an encoder-decoder sees a later target, and each sees its own."""
+    before = model(source, target, keep)
+    for t in range(1, target.shape[1]):
+        changed = target.clone()
+        changed[:, t] = changed[:, t] % (model.config.vocab_size - 1) + 1
+        after = model(source, changed, keep)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t], before[:, t])
+
+
+@torch.no_grad()
+def check_cached(
+    model: Pretrained,
+    source: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    sizes: list[int],
+    capacity: int | None,
+) -> None:
+    """An encoder-decoder writes the same in parts of these sizes as at once."""
+    memory, caches = model.encode(source, keep), model.new_caches(capacity)
+    parts = [model.decode(part, memory, keep, caches) for part in target.split(sizes, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(source, target, keep))
+    lengths = (target.shape[1], source.shape[1])
+    assert [(len(own), len(cross)) for own, cross in caches] == [lengths] * len(model.decoder)
 
 
 def check_vectors(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BartConfig as HFBartConfig
-from transformers import BartForConditionalGeneration, GenerationConfig
+from transformers import BartForConditionalGeneration
 
 from llm_anatomy.models import bart
 from llm_anatomy.models.bart import Bart, BartConfig
@@ -67,10 +67,6 @@ def some_input(padded: bool = True, pad: int = PAD) -> tuple[Tensor, Tensor, Ten
     return source.masked_fill(~keep, pad) if padded else source, target, keep if padded else None
 
 
-def mask_of(keep: Tensor | None) -> Tensor | None:
-    return None if keep is None else keep.long()
-
-
 # --- Parity ---------------------------------------------------------------------------------------
 
 
@@ -80,36 +76,23 @@ def mask_of(keep: Tensor | None) -> Tensor | None:
 def test_logits(config, padded, dtype):
     theirs, ours = twins(config, dtype)
     source, target, keep = some_input(padded, config.pad_token_id)
-    want = theirs(source, attention_mask=mask_of(keep), decoder_input_ids=target).logits
+    want = parity.read(theirs, source, target, keep)
     torch.testing.assert_close(ours(source, target, keep), want, **parity.TOLERANCE[dtype])
 
 
 @parity.examples(10)
 @given(bart_configs(), st.booleans(), parity.dtypes)
 def test_loss_and_gradients(config, padded, dtype):
-    """Their decoder makes its own input from the labels."""
     theirs, ours = twins(config, dtype)
-    source, _, keep = some_input(padded, config.pad_token_id)
-    labels = torch.randint(4, V, (B, T))
-    labels[1, 4:] = -100
-    want = theirs(source, attention_mask=mask_of(keep), labels=labels).loss
-    loss = parity.mean_loss(ours(source, ours.target_of(labels), keep), labels)
-    torch.testing.assert_close(loss, want, **parity.TOLERANCE[dtype])
-    want.backward()
-    loss.backward()
-    parity.check_gradients(ours, theirs, **parity.TOLERANCE[dtype])
+    source, labels, keep = some_input(padded, config.pad_token_id)
+    tolerance = parity.TOLERANCE[dtype]
+    parity.check_loss_and_gradients(theirs, ours, source, labels, keep, **tolerance)
 
 
 @parity.examples(5)
 @given(bart_configs())
 def test_drops_what_theirs_drops(config):
-    """With the same seed the same features are dropped, in the same order."""
-    theirs, ours = (model.train() for model in twins(config))
-    source, target, keep = some_input()
-    torch.manual_seed(1)
-    want = theirs(source, attention_mask=keep.long(), decoder_input_ids=target).logits
-    torch.manual_seed(1)
-    torch.testing.assert_close(ours(source, target, keep), want)
+    parity.check_dropout(*twins(config), *some_input())
 
 
 @parity.examples(5)
@@ -118,37 +101,12 @@ def test_vectors_in_place_of_tokens(config):
     parity.check_vectors(*twins(config), *some_input())
 
 
-@torch.no_grad()
 @parity.examples(14)
 @given(bart_configs(), st.booleans(), st.sampled_from(["no", "grown", "fixed"]))
 def test_greedy_generation(config, padded, cache):
-    """No token twice in a row of the batch: a random model would repeat its first one for ever."""
-    theirs, ours = twins(config)
     source, _, keep = some_input(padded, config.pad_token_id)
-    expected = theirs.generate(
-        source,
-        attention_mask=torch.ones_like(source) if keep is None else keep.long(),
-        generation_config=GenerationConfig(
-            max_new_tokens=12,
-            do_sample=False,
-            no_repeat_ngram_size=1,
-            use_cache=cache != "no",
-            pad_token_id=config.pad_token_id,
-            eos_token_id=EOS,
-            decoder_start_token_id=EOS,
-        ),
-    )
-    memory = ours.encode(source, keep)
-    caches = None if cache == "no" else ours.new_caches(None if cache == "grown" else 12)
-    got = parity.greedy(
-        lambda new, _: ours.decode(new, memory, keep, caches),
-        torch.full((B, 1), EOS),
-        12,
-        eos=EOS,
-        pad=config.pad_token_id,
-        cached=cache != "no",
-    )
-    assert torch.equal(got, expected)
+    ids = {"start": EOS, "eos": EOS, "pad": config.pad_token_id}
+    parity.check_generation(*twins(config), source, keep, cache, **ids)
 
 
 @parity.examples(4)
@@ -197,16 +155,8 @@ def model() -> Bart:
     return parity.randomise(Bart(SMALL)).double()
 
 
-@torch.no_grad()
 def test_no_position_sees_a_later_target(model):
-    source, target, keep = some_input()
-    before = model(source, target, keep)
-    for t in range(1, T):
-        changed = target.clone()
-        changed[:, t] = changed[:, t] % (V - 1) + 1
-        after = model(source, changed, keep)
-        assert torch.equal(after[:, :t], before[:, :t])
-        assert not torch.allclose(after[:, t], before[:, t])
+    parity.check_causality(model, *some_input())
 
 
 @torch.no_grad()
@@ -217,15 +167,10 @@ def test_padding_reaches_nothing(model):
     torch.testing.assert_close(model(wider, target, keep), model(source, target))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("sizes", [[1] * T, [2, 5], [6, 1], [T]])
 @pytest.mark.parametrize("capacity", [None, T, 20])
 def test_cached_decoding_equals_uncached(model, sizes, capacity):
-    source, target, keep = some_input()
-    memory, caches = model.encode(source, keep), model.new_caches(capacity)
-    parts = [model.decode(part, memory, keep, caches) for part in target.split(sizes, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(source, target, keep))
-    assert [(len(own), len(cross)) for own, cross in caches] == [(T, S)] * 3
+    parity.check_cached(model, *some_input(), sizes, capacity)
 
 
 def test_every_parameter_gets_a_gradient(model):
