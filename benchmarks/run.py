@@ -15,6 +15,11 @@ anything is timed the results are compared. A line gives the median time of ours
 the ratio (peer / ours: above 1 we are faster), the memory that each adds at its peak, and what
 share of the limit ours reaches: of the rate of a matrix product where arithmetic limits, of the
 rate of reading memory where reading the weights does.
+
+The whole rate of memory cannot be had in decoding: on one core of an AMD EPYC with MKL 2024.2, the
+products of the weights with one vector, laid lengthwise and with nothing between them, read 68 % of
+it in GPT-2, 63 % in T5 and 53 % in the Transformer. Against the peer's 39 ms a token in GPT-2, that
+bounds the ratio at 1.4; in T5 at 2.0, in the Transformer at 1.9.
 """
 
 import argparse
