@@ -768,9 +768,9 @@ def decoder_inputs(labels: Int[Tensor, "B T"], pad_id: int) -> Int[Tensor, "B T"
 
 def _prefix_cases() -> list[Case]:
     rows = []
-    for B, L, prefixes in ((3, 6, [2, 4, 1]), (2, 5, [3, 2]), (1, 4, [3])):
-        tokens = torch.arange(1, B * L + 1).view(B, L)
-        rows.append(case(f"B={B}, L={L}, prefixes {prefixes}", tokens, torch.tensor(prefixes)))
+    for B, T, prefixes in ((3, 5, [2, 4, 1]), (2, 4, [3, 2]), (1, 3, [3])):
+        tokens = torch.arange(1, B * (T + 1) + 1).view(B, T + 1)
+        rows.append(case(f"B={B}, T={T}, prefixes {prefixes}", tokens, torch.tensor(prefixes)))
     return rows
 
 
@@ -788,14 +788,14 @@ PREFIX_TARGETS = Exercise(
     level=2,
     minutes=7,
     task=r"""
-A prefix decoder reads source and target as one sequence of $L$ tokens. It sees all of the prefix at
-once, so it is not asked for any token of it. The inputs are the tokens without the last. Make the
-targets $(B, L - 1)$: the next token at each position, and $-100$ where the next token lies inside
-the prefix. `n_prefix` is the length of each row's prefix.
+A prefix decoder reads source and target as one sequence of $T + 1$ tokens. It sees all of the
+prefix at once, so it is not asked for any token of it. The inputs are the $T$ tokens before the
+last. Make the targets $(B, T)$: the next token at each position, and $-100$ where the next token
+lies inside the prefix. `n_prefix` is the length of each row's prefix.
 """,
     stub='''
 def prefix_targets(
-    tokens: Int[Tensor, "B L"], n_prefix: Int[Tensor, "B"]
+    tokens: Int[Tensor, "B T+1"], n_prefix: Int[Tensor, "B"]
 ) -> Int[Tensor, "B T"]:
     """The next token at each position after the prefix, -100 before."""
     raise NotImplementedError
@@ -808,7 +808,7 @@ def prefix_targets(
     ),
     solution='''
 def prefix_targets(
-    tokens: Int[Tensor, "B L"], n_prefix: Int[Tensor, "B"]
+    tokens: Int[Tensor, "B T+1"], n_prefix: Int[Tensor, "B"]
 ) -> Int[Tensor, "B T"]:
     """The next token at each position after the prefix, -100 before."""
     targets = tokens[:, 1:]
