@@ -8,15 +8,19 @@ import torch
 import transformers
 from torch import nn
 
-from llm_anatomy.peft import counts
+from llm_anatomy.models.bert import BERT_LARGE, BertModel
+from llm_anatomy.models.gpt2 import GPT2, GPT2Config
+from llm_anatomy.models.t5 import T5, T5_SMALL
+from llm_anatomy.peft import adapter, bitfit, counts
 from llm_anatomy.peft.counts import SHAPES, Shape
+from llm_anatomy.peft.targets import trainable
 
 # Models as transformers builds them, by the name of their shape. T5 scores with its embedding.
-BERT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-T5 = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+T5_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 CONFIGS = {
     "BERT-base": lambda: transformers.BertConfig(),
-    "BERT-large": lambda: transformers.BertConfig(**BERT, intermediate_size=4096),
+    "BERT-large": lambda: transformers.BertConfig(**LARGE, intermediate_size=4096),
     **{
         name: lambda L=L, D=D, H=H, n=n: transformers.GPT2Config(
             n_layer=L, n_embd=D, n_head=H, n_positions=n
@@ -30,7 +34,7 @@ CONFIGS = {
         )
     },
     **{
-        name: lambda sizes=sizes: transformers.T5Config(**dict(zip(T5, sizes, strict=True)))
+        name: lambda sizes=sizes: transformers.T5Config(**dict(zip(T5_SIZES, sizes, strict=True)))
         for name, *sizes in (
             ("T5-small", 32_128, 512, 64, 2048, 6, 8),
             ("T5-base", 32_128, 768, 64, 3072, 12, 12),
@@ -166,6 +170,31 @@ def test_prompts_and_prefixes_count_what_peft_trains(name, built):
             **task,
         )
         assert counts.prefix_reparametrised(shape, P, hidden) == trained(model, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("BERT-large", lambda: BertModel(BERT_LARGE)),
+        ("GPT-2 small", lambda: GPT2(GPT2Config())),
+        ("T5-small", lambda: T5(T5_SMALL)),
+    ],
+)
+def test_adapters_and_biases_count_what_our_methods_train(name, build):
+    shape = SHAPES[name]
+    placements = {counts.houlsby: adapter.HOULSBY, counts.pfeiffer: adapter.PFEIFFER}
+    with torch.device("meta"):
+        model = build()
+        assert size(model) == counts.full(shape)
+        for count, targets in placements.items():
+            if shape.n_cross:  # the attention to the encoder has no adapter
+                targets = tuple(t.replace("o_proj", "attention.o_proj") for t in targets)
+            adapter.add(model, adapter.AdapterConfig(width=48, targets=targets))
+            assert count(shape, 48) == sum(trainable(model).values())
+            adapter.remove(model)
+        if shape.biases:
+            bitfit.add(model)
+            assert counts.bitfit(shape) == sum(trainable(model).values())
 
 
 def test_the_papers_own_numbers():
