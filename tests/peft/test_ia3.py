@@ -121,6 +121,11 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
 
     assert "which this t5 model lacks" in twins.refused(twins.ours("t5"), load)
     assert "has other weights" in twins.refused(parity.randomise(twins.ours("bert"), 9), load)
+    settings = tmp_path / "adapter_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace("IA3", "LORA"))
+    assert "expected 'IA3'" in twins.refused(twins.ours("bert"), load)
+    settings.write_text(text)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if "key" in name)

@@ -236,6 +236,21 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     lora.load(twins.theirs("bert", torch.bfloat16), folder)  # the same base in lower precision
 
 
+def test_the_base_is_known_merged_or_not_and_in_either_layout(tmp_path):
+    """GPT-2's square matrices lie the other way round in transformers."""
+    model = twins.ours("gpt2")
+    lora.add(model, LoRAConfig(r=R, targets=("o_proj",)))
+    twins.draw(model)
+    want = twins.run(model, "gpt2")
+    lora.merge(model)
+    lora.save(model, tmp_path)
+    for base in (twins.ours("gpt2"), twins.theirs("gpt2")):
+        lora.load(base, tmp_path)
+        torch.testing.assert_close(twins.run(base, "gpt2"), want)
+    other = twins.theirs("gpt2", seed=9)
+    assert "has other weights" in twins.refused(other, lambda model: lora.load(model, tmp_path))
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
