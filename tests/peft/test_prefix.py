@@ -252,6 +252,8 @@ def test_prefixed_cache_returns_the_prefix_first_and_holds_the_text_alone():
     all_k, all_v = cache.append(text, -text)
     assert torch.equal(all_k, torch.cat((k, text), dim=2))
     assert torch.equal(all_v, torch.cat((v, -text), dim=2))
+    assert all(map(torch.equal, cache.held(), (all_k, all_v)))
+    assert all(map(torch.equal, PrefixedCache(k, v, KVCache()).held(), (k, v)))
     assert len(rest) == T
 
 

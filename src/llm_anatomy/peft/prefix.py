@@ -95,6 +95,13 @@ class PrefixedCache(KVCache):
             k, v = self.rest.append(k, v)
         return torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
 
+    def held(self) -> tuple[Float[Tensor, "B G S E"], Float[Tensor, "B G S E"]]:
+        """The prefix and what the cache of the text holds."""
+        if not self.rest:
+            return self.k, self.v
+        k, v = self.rest.held()
+        return torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+
 
 class Prefix(nn.Module):
     """Keys and values of P positions for L layers, and the hooks that let a model look at them.
