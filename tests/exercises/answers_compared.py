@@ -56,11 +56,8 @@ def paired_by_sums(a, b):
     return mean, math.sqrt(sum((x - mean) ** 2 for x in d) / (n * (n - 1)))
 
 
-T = {3: 4.303, 5: 2.776, 20: 2.093}
-
-
-def verdict_by_distance(gap, error, n_seeds):
-    if abs(gap) <= T[n_seeds] * error:
+def verdict_by_distance(gap, error, t):
+    if abs(gap) <= t * error:
         return "undecided"
     return {1.0: "better", -1.0: "worse"}[math.copysign(1.0, gap)]
 
@@ -94,8 +91,8 @@ def spread(a, b):
 
 
 def judge(reach):
-    def answer(gap, error, n_seeds):
-        far = reach(error, n_seeds)
+    def answer(gap, error, t):
+        far = reach(error)
         return "better" if gap > far else "worse" if gap < -far else "undecided"
 
     return answer
@@ -244,21 +241,13 @@ WRONG = {
         ),
     ],
     "verdict": [
-        (judge(lambda error, n: 0.0), "The sign alone decides."),
-        (judge(lambda error, n: error), "one standard error"),
-        (judge(lambda error, n: 1.96 * error), "1.96 is for many seeds"),
-        (lambda gap, error, n: verdict_by_distance(-gap, error, n), "have changed places"),
+        (judge(lambda error: 0.0), "The sign alone decides."),
+        (judge(lambda error: error), "one standard error"),
+        (judge(lambda error: 1.96 * error), "1.96 is for many seeds"),
+        (lambda gap, error, t: verdict_by_distance(-gap, error, t), "have changed places"),
         (
-            judge(lambda error, n: T[n] * error / math.sqrt(n)),
-            "divided by the root of n once more",
-        ),
-        (
-            lambda gap, error, n: (
-                "better"
-                if gap >= T[n] * error
-                else "worse"
-                if gap <= -T[n] * error
-                else "undecided"
+            lambda gap, error, t: (
+                "better" if gap >= t * error else "worse" if gap <= -t * error else "undecided"
             ),
             "only touches 0",
         ),

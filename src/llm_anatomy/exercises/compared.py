@@ -692,17 +692,17 @@ def paired_difference(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def _verdict_cases() -> list[Case]:
     rows = [
-        ("far above", 0.1, 0.01, 5),
-        ("far below", -0.1, 0.01, 5),
-        ("half an error away, five seeds", 0.01, 0.02, 5),
-        ("1.1 errors away, five seeds", -0.022, 0.02, 5),
-        ("1.5 errors away, five seeds", 0.03, 0.02, 5),
-        ("two and a half errors away, five seeds", -0.05, 0.02, 5),
-        ("two and a half errors away, twenty seeds", 0.05, 0.02, 20),
-        ("no difference", 0.0, 0.01, 5),
-        ("equal in each seed", 0.0, 0.0, 3),
+        ("far above", 0.1, 0.01, 2.776),
+        ("far below", -0.1, 0.01, 2.776),
+        ("half an error away, five seeds", 0.01, 0.02, 2.776),
+        ("1.1 errors away, five seeds", -0.022, 0.02, 2.776),
+        ("1.5 errors away, five seeds", 0.03, 0.02, 2.776),
+        ("two and a half errors away, five seeds", -0.05, 0.02, 2.776),
+        ("two and a half errors away, twenty seeds", 0.05, 0.02, 2.093),
+        ("no difference", 0.0, 0.01, 2.776),
+        ("equal in each seed", 0.0, 0.0, 4.303),
     ]
-    return [case(f"{label}", gap, error, n) for label, gap, error, n in rows]
+    return [case(label, gap, error, t) for label, gap, error, t in rows]
 
 
 def _said(gap: float, reach: float) -> str:
@@ -711,23 +711,20 @@ def _said(gap: float, reach: float) -> str:
     return "worse" if gap < -reach else "undecided"
 
 
-T_QUANTILES = {3: 4.303, 5: 2.776, 20: 2.093}
-
 VERDICT = Exercise(
     name="verdict",
     title="Better, worse, or undecided?",
     level=3,
     minutes=8,
     task="""
-From a paired difference `gap` (method minus baseline), its standard `error` and the number of
-seeds, say what can be said: "better" if the whole 95 % interval lies above 0, "worse" if it lies
-below, else "undecided". The interval reaches `t * error` to either side, and with few seeds `t` is
-not 1.96: it is Student's 4.303 for 3 seeds, 2.776 for 5, and 2.093 for 20.
+From a paired difference `gap` (method minus baseline) and its standard `error`, say what can be
+said: "better" if the whole 95 % interval lies above 0, "worse" if it lies below, else "undecided".
+The interval reaches `t * error` to either side. With few seeds `t` is not 1.96 but Student's: 4.303
+for 3 seeds, 2.776 for 5, 2.093 for 20. It is given.
 """,
     stub='''
-def verdict(gap: float, error: float, n_seeds: int) -> str:
-    """ "better", "worse" or "undecided"."""
-    t = {3: 4.303, 5: 2.776, 20: 2.093}[n_seeds]
+def verdict(gap: float, error: float, t: float) -> str:
+    """One of better, worse and undecided."""
     raise NotImplementedError
 ''',
     hints=(
@@ -736,9 +733,8 @@ def verdict(gap: float, error: float, n_seeds: int) -> str:
         "exactly 0 decides nothing.",
     ),
     solution='''
-def verdict(gap: float, error: float, n_seeds: int) -> str:
-    """ "better", "worse" or "undecided"."""
-    t = {3: 4.303, 5: 2.776, 20: 2.093}[n_seeds]
+def verdict(gap: float, error: float, t: float) -> str:
+    """One of better, worse and undecided."""
     low, high = gap - t * error, gap + t * error
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 ''',
@@ -746,38 +742,29 @@ def verdict(gap: float, error: float, n_seeds: int) -> str:
     "with a wider interval. Undecided is a finding as well: more seeds would be needed to tell.",
     point="With five seeds an interval reaches 2.8 errors, not 2.",
     check=same_function(
-        lambda gap, error, n: _said(gap, T_QUANTILES[n] * error),
+        lambda gap, error, t: _said(gap, t * error),
         _verdict_cases,
         [
             Mistake(
                 "The sign alone decides. A difference within its error may be chance.",
-                lambda gap, error, n: "better" if gap > 0 else "worse" if gap < 0 else "undecided",
+                lambda gap, error, t: "better" if gap > 0 else "worse" if gap < 0 else "undecided",
             ),
             Mistake(
                 "The interval reaches one standard error. For 95 % it has to be t of them.",
-                lambda gap, error, n: _said(gap, error),
+                lambda gap, error, t: _said(gap, error),
             ),
             Mistake(
                 "1.96 is for many seeds. With few, the error is itself uncertain: use t.",
-                lambda gap, error, n: _said(gap, 1.96 * error),
+                lambda gap, error, t: _said(gap, 1.96 * error),
             ),
             Mistake(
                 "Better and worse have changed places.",
-                lambda gap, error, n: _said(-gap, T_QUANTILES[n] * error),
-            ),
-            Mistake(
-                "The error is divided by the root of n once more. It is an error of the mean "
-                "already.",
-                lambda gap, error, n: _said(gap, T_QUANTILES[n] * error / math.sqrt(n)),
+                lambda gap, error, t: _said(-gap, t * error),
             ),
             Mistake(
                 "An interval that only touches 0 decides nothing.",
-                lambda gap, error, n: (
-                    "better"
-                    if gap >= T_QUANTILES[n] * error
-                    else "worse"
-                    if gap <= -T_QUANTILES[n] * error
-                    else "undecided"
+                lambda gap, error, t: (
+                    "better" if gap >= t * error else "worse" if gap <= -t * error else "undecided"
                 ),
             ),
         ],
