@@ -416,6 +416,14 @@ def test_twice_and_beside_another_method_is_refused():
         prefix.add(model, PrefixConfig(n_tokens=P))
 
 
+def test_rotary_positions_are_refused():
+    """They count the text from 0, and nothing tells them that a prefix stands before it."""
+    holder = nn.ModuleDict({"attention": MultiHeadAttention(D, 3)})
+    prefix.add(holder, PrefixConfig(n_tokens=P))
+    with pytest.raises(ValueError, match="rotary positions is not supported"):
+        holder["attention"](torch.randn(B, T, D), rotate=lambda x: x)
+
+
 def test_a_text_that_is_too_long_with_the_prefix_is_refused():
     model = twin(gpt2(), GPT2)
     prefix.add(model, PrefixConfig(n_tokens=P))

@@ -178,6 +178,8 @@ class Prefix(nn.Module):
         """Let one attention layer look at its part of the prefix."""
         bound = bind(attention, args, kwargs)
         given = bound.arguments
+        if has(given, "rotate"):
+            raise ValueError("a prefix before rotary positions is not supported")
         context = given["context"] if has(given, "context") else given["x"]
         k, v = (self() if self._current is None else self._current)[layer]
         rows = (len(context), -1, -1, -1)
