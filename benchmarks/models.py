@@ -19,6 +19,7 @@ from llm_anatomy.attention import MultiHeadAttention, scaled_dot_product_attenti
 from llm_anatomy.decoding import Cached, generate, lay_lengthwise
 from llm_anatomy.models.bert import BertForMaskedLM
 from llm_anatomy.models.gpt2 import GPT2
+from llm_anatomy.models.llama import Llama
 from llm_anatomy.models.t5 import T5
 from llm_anatomy.models.transformer import Transformer
 from llm_anatomy.weights import Pretrained
@@ -38,7 +39,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of GPT-2 and BERT (`base`), of T5 and the Transformer (`small`), and of their input.
+    """Shapes of GPT-2, LLaMA and BERT (`base`), of T5 and the Transformer (`small`), and of input.
 
     Vocabularies are cut at `most_tokens`.
     """
@@ -76,7 +77,13 @@ def twins(peer: PreTrainedModel, ours: type[Pretrained]) -> tuple[Pretrained, Pe
 def model_and_peers(name: str, sizes: Sizes) -> tuple[Pretrained, Peers]:
     """Make the twins of one name, with random weights and without dropout."""
     torch.manual_seed(0)
-    build = {"GPT-2": _gpt2, "BERT": _bert, "T5": _t5, "Transformer": _transformer}[name]
+    build = {
+        "GPT-2": _gpt2,
+        "LLaMA": _llama,
+        "BERT": _bert,
+        "T5": _t5,
+        "Transformer": _transformer,
+    }[name]
     return twins(*build(sizes))
 
 
@@ -93,6 +100,20 @@ def _gpt2(sizes: Sizes) -> tuple[PreTrainedModel, type[Pretrained]]:
         resid_pdrop=0.0,
     )
     return transformers.GPT2LMHeadModel(config), GPT2
+
+
+def _llama(sizes: Sizes) -> tuple[PreTrainedModel, type[Pretrained]]:
+    """LLaMA's layers at the width and depth of GPT-2; four query heads share keys and values."""
+    base = sizes.base
+    config = transformers.LlamaConfig(
+        vocab_size=min(32_000, sizes.most_tokens),
+        hidden_size=base.d_model,
+        intermediate_size=2 * base.d_ff // 3,  # three matrices in place of two
+        num_attention_heads=base.n_heads,
+        num_key_value_heads=base.n_heads // 4,
+        num_hidden_layers=base.n_layers,
+    )
+    return transformers.LlamaForCausalLM(config), Llama
 
 
 def _bert(sizes: Sizes) -> tuple[PreTrainedModel, type[Pretrained]]:
@@ -173,7 +194,7 @@ def logits_of(name: str, sizes: Sizes) -> tuple[Tensor, Pretrained, Work, dict[s
         arguments = {"input_ids": tokens, "decoder_input_ids": target, "use_cache": False}
         our_pass = partial(ours, tokens, target)
     else:
-        arguments = {"input_ids": tokens} | ({"use_cache": False} if name == "GPT-2" else {})
+        arguments = {"input_ids": tokens} | ({} if name == "BERT" else {"use_cache": False})
         our_pass = partial(ours, tokens)
 
     def their_pass(peer: PreTrainedModel) -> Tensor:
@@ -242,7 +263,8 @@ def last_logits(model: Pretrained, memory: Tensor | None = None) -> Callable[...
 
     def logits(tokens: Tensor, caches: list) -> Tensor:
         if memory is None:
-            x = model.hidden(model.embed(tokens, offset=len(caches[0])), caches=caches)
+            where = {"offset": len(caches[0])} if isinstance(model, GPT2) else {}
+            x = model.hidden(model.embed(tokens, **where), caches=caches)
         else:
             x = model.hidden(tokens, memory, caches=caches)
         return model.logits(x[:, -1:])
@@ -256,7 +278,7 @@ def decode(name: str, sizes: Sizes, *, lengthwise: bool = False) -> Bout:
     if lengthwise:
         lay_lengthwise(ours)
     n, read = sizes.new_tokens, weights_read(ours)
-    if name == "GPT-2":
+    if name in ("GPT-2", "LLaMA"):
         prompt, memory, given = text(ours, sizes.prompt), None, {"logits_to_keep": 1}
     else:
         prompt = torch.tensor([[ours.config.pad_id]])
@@ -285,12 +307,13 @@ def decode(name: str, sizes: Sizes, *, lengthwise: bool = False) -> Bout:
 def weights_read(model: Pretrained) -> float:
     """Bytes of weights that each new token needs.
 
-    The embedding is the output layer. Keys and values of a memory are made once, for all tokens.
+    The embedding is the output layer, but LLaMA has one of its own. Keys and values of a memory are
+    made once, for all tokens.
     """
-    layers = model.blocks if isinstance(model, GPT2) else model.decoder
+    layers = model.decoder if isinstance(model, T5 | Transformer) else model.blocks
     once = ("cross_attention.k_proj", "cross_attention.v_proj")
     read = [p for name, p in layers.named_parameters() if not any(w in name for w in once)]
-    read.append(model.token_embedding.weight)
+    read.append(model.lm_head.weight if isinstance(model, Llama) else model.token_embedding.weight)
     return float(sum(p.numel() * p.element_size() for p in read))
 
 
@@ -341,6 +364,8 @@ def rows() -> dict[str, Callable[[Sizes], Bout]]:
     return {
         **of("GPT-2", forward, prefill, decode, training_step),
         **lengthwise("GPT-2"),
+        **of("LLaMA", forward, prefill, decode, training_step),
+        **lengthwise("LLaMA"),
         **of("BERT", forward),
         **of("T5", encode, decode),
         **lengthwise("T5"),

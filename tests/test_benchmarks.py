@@ -28,10 +28,16 @@ def operations() -> dict[str, int]:
     encoder = small.n_layers * products(small)
     decoder = small.n_layers * products(small, attentions=2)
     transformer = encoder + decoder + T * small.d_model * V
+    D, groups, wide = base.d_model, base.n_heads // 4, 2 * base.d_ff // 3
+    per_token = 2 * D * D + 2 * D * groups * (D // base.n_heads) + 3 * D * wide + 2 * T * D
+    llama = base.n_layers * T * per_token
     return {
         "GPT-2 forward": 2 * (gpt2 + T * base.d_model * V),
         "GPT-2 prefill": 2 * (gpt2 + base.d_model * V),
         "GPT-2 training step": 6 * (gpt2 + T * base.d_model * V),
+        "LLaMA forward": 2 * (llama + T * D * V),
+        "LLaMA prefill": 2 * (llama + D * V),
+        "LLaMA training step": 6 * (llama + T * D * V),
         "BERT forward": 2 * (gpt2 + T * base.d_model * (base.d_model + V)),
         "T5 encode": 2 * encoder,
         "Transformer forward": 2 * transformer,
@@ -44,14 +50,15 @@ def test_operations_are_those_of_the_formula(name):
     assert models.rows()[name](SIZES).amount == operations()[name]
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "T5", "Transformer"])
+@pytest.mark.parametrize("name", ["GPT-2", "LLaMA", "T5", "Transformer"])
 def test_decoding_reads_the_weights_that_it_uses(name):
     """A weight that no new token needs can be lost after the first one."""
     ours, _ = models.model_and_peers(name, SIZES)
     used = set()
     for module in ours.modules():
         module.register_forward_hook(lambda m, inputs, out: used.add(m) if out.numel() else None)
-    memory = None if name == "GPT-2" else ours.encode(torch.tensor([[1, 2]]))
+    decoder_only = name in ("GPT-2", "LLaMA")
+    memory = None if decoder_only else ours.encode(torch.tensor([[1, 2]]))
     caches = ours.new_caches(4)
     logits, token = models.last_logits(ours, memory), torch.tensor([[3]])
     with torch.no_grad():
@@ -60,8 +67,9 @@ def test_decoding_reads_the_weights_that_it_uses(name):
         logits(token, caches)
     models.model_and_peers.cache_clear()  # this one has hooks
     matrices = [m.weight for m in used if isinstance(m, torch.nn.Linear)]
-    matrices.append(ours.token_embedding.weight)
-    layers = ours.blocks if name == "GPT-2" else ours.decoder
+    if name != "LLaMA":  # its output layer is a module of its own
+        matrices.append(ours.token_embedding.weight)
+    layers = ours.blocks if decoder_only else ours.decoder
     once = ("cross_attention.k_proj", "cross_attention.v_proj")
     rest = [
         p for n, p in layers.named_parameters() if p.ndim == 1 and not any(w in n for w in once)
