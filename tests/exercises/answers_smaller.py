@@ -1,5 +1,7 @@
 """Right answers that are built differently, and typical wrong ones, for smaller models."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -112,6 +114,11 @@ def units_template(score=lambda u, d: d.abs().sum(0), up=True, bias=True, down=T
     return keep_units
 
 
+def units_ascending(u, b, d, n):
+    best = d.abs().sum(0).argsort()[len(b) - n :]
+    return u[best], b[best], d[:, best]
+
+
 def heads_template(index, keys=True, values=True, out="columns"):
     def order_heads(q, k, v, o, order):
         H = len(order)
@@ -172,6 +179,13 @@ WRONG = {
         (mixture_template(everywhere=True), "where there is no label"),
         (mixture_template(square=0), "is missing in the loss on soft targets"),
         (mixture_template(shares=lambda s: (1, 1)), "are added in full"),
+        (
+            lambda z, v, y, T, s: (
+                mixture_template()(z, v, y, T, 1) * s
+                + (1 - s) * F.cross_entropy(z, y, reduction="none").mean()
+            ),
+            "divided by all positions",
+        ),
     ],
     "fix_step": [
         (step_template(gradient=True), "One mistake is left: the teacher receives a gradient"),
@@ -192,6 +206,7 @@ WRONG = {
         (lambda N, K: [*range(N)][N - K :], "taken from the back"),
         (lambda N, K: [i * N // K for i in range(K)], "The step is N/K"),
         (lambda N, K: [i * (N - 1) // (K - 1) for i in range(K)], "cut off and not rounded"),
+        (lambda N, K: [math.ceil(i * (N - 1) / (K - 1)) for i in range(K)], "always rounded up"),
         (lambda N, K: [n + 1 for n in layers_by_linspace(N, K)], "start at 1"),
         (lambda N, K: [round(i * (N - 1) / (K - 1)) for i in range(K)], "the even neighbour"),
     ],
@@ -199,6 +214,16 @@ WRONG = {
         (
             lambda h, g, k: 1 - F.cosine_similarity(h, g, dim=-1).mean(),
             "The padding counts too",
+        ),
+        (
+            lambda h, g, k: ((1 - F.cosine_similarity(h, g, dim=-1)) * k).mean(),
+            "still divides by all positions",
+        ),
+        (
+            lambda h, g, k: (
+                ((1 - F.cosine_similarity(h, g, dim=-1)) * k).sum(1) / k.sum(1)
+            ).mean(),
+            "a mean of its own",
         ),
         (lambda h, g, k: F.cosine_similarity(h[k], g[k]).mean(), "This is the cosine itself"),
         (lambda h, g, k: -F.cosine_similarity(h[k], g[k]).mean(), "This is minus the cosine"),
@@ -211,6 +236,8 @@ WRONG = {
     ],
     "keep_units": [
         (units_template(lambda u, d: -d.abs().sum(0)), "The least important units"),
+        (units_ascending, "the most important comes last"),
+        (units_template(lambda u, d: d.norm(dim=0)), "a sum of squares"),
         (units_template(lambda u, d: u.abs().sum(1)), "by which a unit listens"),
         (units_template(lambda u, d: d.sum(0)), "summed with their signs"),
         (units_template(bias=False), "The bias keeps its old order"),
@@ -227,6 +254,7 @@ WRONG = {
             heads_template(lambda o, H, E: torch.cat((o, torch.arange(H, H * E)))),
             "as if each head had one row",
         ),
+        (lambda q, k, v, o, order: (q, k, v, o), "stand where they stood"),
         (heads_template(blocks, out="rows"), "features of the output"),
         (heads_template(blocks, out="none"), "takes each head for another one"),
         (heads_template(blocks, keys=False), "meet the keys of another head"),

@@ -510,8 +510,9 @@ def _difference(
     if isinstance(expected, tuple | list):
         if not isinstance(got, tuple | list):
             listing = f" ({', '.join(names)})" if names else ""
+            kind = "tuple" if isinstance(expected, tuple) else "list"
             return _Difference(
-                f"It should be a tuple of {len(expected)}{listing}, and is {_describe(got)}."
+                f"It should be a {kind} of {len(expected)}{listing}, and is {_describe(got)}."
             )
         if len(got) != len(expected):
             return _Difference(f"It should hold {len(expected)} things, and holds {len(got)}.")

@@ -461,6 +461,14 @@ def mixed_loss(
                 ),
             ),
             Mistake(
+                "The cross-entropy is summed over the labels and divided by all positions, those "
+                "without a label among them.",
+                lambda z, v, y, T, s: (
+                    _mixture(z, v, y, T, s)
+                    - (1 - s) * (y == -100).double().mean() * _mixture(z, v, y, T, 0.0)
+                ),
+            ),
+            Mistake(
                 "The two losses are added in full; the shares are not used.",
                 lambda z, v, y, T, s: _mixture(z, v, y, T, 1.0) + _mixture(z, v, y, T, 0.0),
             ),
@@ -630,6 +638,10 @@ def student_layers(N: int, K: int) -> list[int]:
                 lambda N, K: [int(i * (N - 1) / (K - 1)) for i in range(K)],
             ),
             Mistake(
+                "The numbers are always rounded up, not to the nearest integer.",
+                lambda N, K: [-(-i * (N - 1) // (K - 1)) for i in range(K)],
+            ),
+            Mistake(
                 "The numbers start at 1. Layers are counted from 0.",
                 lambda N, K: [n + 1 for n in alternate_layers(N, K)],
             ),
@@ -706,6 +718,17 @@ def direction_loss(
                 lambda h, g, k: _directions(h, g, torch.ones_like(k)),
             ),
             Mistake(
+                "The padding adds nothing, but the mean still divides by all positions.",
+                lambda h, g, k: _directions(h, g, k) * k.double().mean(),
+            ),
+            Mistake(
+                "Each sequence has a mean of its own here, so a token of a short one weighs more. "
+                "All real tokens count the same.",
+                lambda h, g, k: torch.stack(
+                    [_directions(a, b, m) for a, b, m in zip(h, g, k, strict=True)]
+                ).mean(),
+            ),
+            Mistake(
                 "This is the cosine itself. To minimise it turns the student away from its "
                 "teacher.",
                 lambda h, g, k: 1 - _directions(h, g, k),
@@ -758,10 +781,11 @@ UNITS = Exercise(
     level=2,
     minutes=9,
     task="""
-A feed-forward layer computes $W_2 f(W_1 x + b_1) + b_2$, with `up` $= W_1$ of shape $(F, D)$, its
-bias $(F)$, and `down` $= W_2$ of shape $(D, F)$. Narrow it to its `n` most important hidden units,
-**the most important first**. A unit's importance is the sum of the absolute weights through which
-it speaks, those in `down`. Return the narrow `up`, its bias, and the narrow `down`.
+A feed-forward layer computes $f(x W_1 + b_1) W_2 + b_2$. Its matrices come as `nn.Linear` stores
+them, transposed: `up` has shape $(F, D)$, with the bias $(F)$, and `down` has $(D, F)$. Narrow it
+to its `n` most important hidden units, **the most important first**. A unit's importance is the sum
+of the absolute weights through which it speaks, those in `down`. Return the narrow `up`, its bias,
+and the narrow `down`.
 """,
     stub='''
 def keep_units(
@@ -794,6 +818,17 @@ def keep_units(
             Mistake(
                 "The least important units are kept.",
                 lambda u, b, d, n: _kept(u, b, d, n, lambda u, d: -d.abs().sum(dim=0)),
+            ),
+            Mistake(
+                "The right units are kept, but the most important comes last.",
+                lambda u, b, d, n: tuple(
+                    kept.flip(axis) for kept, axis in zip(_kept(u, b, d, n), (0, 0, 1), strict=True)
+                ),
+            ),
+            Mistake(
+                "The importance is a sum of squares, or its root; it should be a sum of absolute "
+                "values.",
+                lambda u, b, d, n: _kept(u, b, d, n, lambda u, d: d.square().sum(dim=0)),
             ),
             Mistake(
                 "The importance is measured at the weights by which a unit listens, those of `up`.",
@@ -872,10 +907,11 @@ HEADS = Exercise(
     level=3,
     minutes=12,
     task="""
-Attention with $H$ heads of width $E = D/H$ has four matrices $(D, D)$ that act as $W x$. The rows
-$hE$ to $(h + 1)E - 1$ of `q`, `k` and `v` make the query, key and value of head $h$, and `o` maps
-the heads, side by side, back. Put the heads into another order, so that head `order[i]` becomes the
-$i$-th, **without changing what the attention computes**. Return the four matrices.
+Attention with $H$ heads of width $E = D/H$ has four matrices $(D, D)$ as `nn.Linear` stores them,
+with the outputs along the rows and the inputs along the columns. The rows $hE$ to $(h + 1)E - 1$ of
+`q`, `k` and `v` make the query, key and value of head $h$, and `o` maps the heads, side by side,
+back. Put the heads into another order, so that head `order[i]` becomes the $i$-th, **without
+changing what the attention computes**. Return the four matrices.
 """,
     stub='''
 def order_heads(
@@ -921,6 +957,10 @@ def order_heads(
                 "The permutation is inverted: head `order[i]` should come to place i, and head i "
                 "has gone to place `order[i]`.",
                 lambda *a: _heads_in_order(*a, bug="inverse"),
+            ),
+            Mistake(
+                "The heads stand where they stood: the matrices are those that were given.",
+                lambda q, k, v, o, order: (q, k, v, o),
             ),
             Mistake(
                 "A head is read as every H-th row; it is a block of E rows that follow each other.",
