@@ -269,6 +269,36 @@ def test_settings_that_cannot_be_followed_are_refused(setting, value, message, t
     assert message in twins.refused(twins.theirs("bert"), lambda model: lora.load(model, tmp_path))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_a_file_whose_base_was_changed_is_refused(start, tmp_path):
+    """These begin with a part of the weight in the factors, and take it out of the base."""
+    base = twins.theirs("bert")
+    config = theirs_of(LoRAConfig(r=R, targets=("query",)), init_lora_weights=start)
+    twins.with_peft(base, config).save_pretrained(tmp_path)
+    message = twins.refused(base, lambda model: lora.load(model, tmp_path))
+    assert f"init_lora_weights is '{start}'" in message
+    kept = theirs_of(LoRAConfig(r=R, targets=("query",)), init_lora_weights="gaussian")
+    twins.with_peft(base, kept).save_pretrained(tmp_path)
+    lora.load(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "tied"),
+    [
+        (twins.ours, "up_proj", ("token_embedding",)),
+        (twins.theirs, "c_fc", ("lm_head",)),
+        (twins.theirs, "c_fc", ("wte", "lm_head")),
+    ],
+)
+def test_a_tied_table_that_trains_in_full_cannot_be_written(make, target, tied, tmp_path):
+    """peft would train a copy in one place, and leave the other as it was."""
+    model = make("gpt2")
+    lora.add(model, LoRAConfig(r=R, targets=(target,), also_train=tied))
+    message = twins.refused(model, lambda model: lora.save(model, tmp_path / "new"))
+    assert "is tied to another module" in message
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -171,6 +171,20 @@ def test_a_second_method_is_refused_wherever_the_first_one_is():
     assert same(picture(model), before)
 
 
+def test_a_second_method_is_refused_on_a_part_of_what_carries_the_first():
+    """Removed in any order, the two would leave the base frozen."""
+    model = gpt2()
+    before = picture(model)
+    put_on(model)
+    for part in (model.blocks[0], model.norm):
+        with pytest.raises(ValueError, match="carries gains already; remove it before adding LoRA"):
+            targets.freeze(part, "LoRA")
+    take_off(model)
+    targets.freeze(model.norm, "LoRA")
+    targets.thaw(model.norm, "LoRA")
+    assert same(picture(model), before)
+
+
 def test_only_what_is_there_can_be_taken_off():
     with pytest.raises(ValueError, match="does not carry gains, but nothing"):
         targets.thaw(gpt2(), "gains")

@@ -6,6 +6,7 @@ A folder holds `adapter_config.json`, which names the method and its settings, a
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def write(
         settings: the fields of peft's config, `peft_type` among them.
         tensors: what was learned, under the names that peft gives it.
         base: weights of the base that the adapter was made for, as (out, in). A few of their
-            numbers go along, by which `read` can tell that another base is not the one.
+            numbers go along, by which `check_base` can tell that another base is not the one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,13 +169,22 @@ def in_full(model: nn.Module, names: Sequence[str]) -> tuple[list[str], dict[str
 
     Returns:
         Their names in Hugging Face's words, and their parameters under the names in the file.
+
+    Raises:
+        ValueError: a parameter is shared with another module, here or in Hugging Face's model: peft
+            would train a copy, and leave the other module as it was.
     """
     modules: dict[str, None] = {}
     parameters = {}
+    tied = model.hf_tied(model.config) if isinstance(model, Pretrained) else {}
+    tied_names = {*tied, *tied.values()}
+    n_places = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
     for found in find(model, names) if names else ():
         for path, p in model.get_submodule(found).named_parameters(prefix=found):
             module, _, last = path.rpartition(".")
             theirs = their_name(model, module)
+            if n_places[p] > 1 or f"{theirs}.{last}" in tied_names:
+                raise ValueError(f"{path} is tied to another module; peft would train it alone")
             modules[theirs] = None
             parameters[f"{PREFIX}{theirs}.{last}"] = p
     return list(modules), parameters

@@ -170,6 +170,8 @@ _UNUSED = (
     *("layer_replication", "trainable_token_indices", "target_parameters", "arrow_config"),
     *("alora_invocation_tokens", "velora_config", "kasa_config", "monteclora_config"),
 )
+_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Ways to begin that leave the base as it is; PiSSA, OLoRA, LoftQ and others change it first."""
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -210,6 +212,8 @@ def load(model: nn.Module, folder: str | Path) -> LoRAConfig:
     targets.check_free(model, METHOD)
     settings = files.read_settings(folder, "LORA")
     files.check_unused(settings, _UNUSED)
+    if (start := settings.get("init_lora_weights")) not in _STARTS:
+        raise ValueError(f"the adapter's base was changed first: init_lora_weights is {start!r}")
     tensors = files.read_tensors(folder)
     theirs, heads = files.split(tensors, _module_of)
     config = LoRAConfig(

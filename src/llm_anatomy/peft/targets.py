@@ -86,13 +86,14 @@ class _Carried:
     merged: bool = False
 
 
-_RECORD = "_carried"
+_RECORD = "_carried"  # on the model that a method was put on
+_METHOD = "_method"  # on each of its parts, the name of the method
 
 
 def method_on(model: nn.Module) -> str | None:
-    """The method that this model, or a part of it, carries."""
-    records = (vars(module).get(_RECORD) for module in model.modules())
-    return next((record.method for record in records if record is not None), None)
+    """The method that this model carries, or a part of it, or a model that it is a part of."""
+    marks = (vars(module).get(_METHOD) for module in model.modules())
+    return next((method for method in marks if method is not None), None)
 
 
 def check_free(model: nn.Module, method: str) -> None:
@@ -137,6 +138,8 @@ def freeze(model: nn.Module, method: str, parameters: Iterable[nn.Parameter] = (
     for p in base:
         p.requires_grad_(id(p) in kept)
     setattr(model, _RECORD, record)
+    for module in model.modules():
+        setattr(module, _METHOD, method)
 
 
 def thaw(model: nn.Module, method: str, *, restore: bool = True) -> None:
@@ -148,6 +151,8 @@ def thaw(model: nn.Module, method: str, *, restore: bool = True) -> None:
             p.copy_(value)
     for p, flag in record.flags:
         p.requires_grad_(flag)
+    for module in model.modules():
+        vars(module).pop(_METHOD, None)
 
 
 def set_merged(model: nn.Module, method: str, merged: bool) -> None:
