@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from llm_anatomy.peft import ia3, targets
 from llm_anatomy.peft.ia3 import IA3Config
@@ -197,3 +198,13 @@ def test_a_config_that_does_not_fit_is_refused(config, message):
 def test_fields_that_make_no_sense_are_refused(fields, message, unchecked):
     with pytest.raises(ValueError, match=message):
         IA3Config(**fields)
+
+
+def test_a_shared_bias_is_not_merged():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].bias = model["a"].bias
+    ia3.add(model, IA3Config(targets=("a",), inputs=()))
+    assert "a shares its bias with b" in twins.refused(model, ia3.merge)
+    ia3.remove(model)
+    ia3.add(model, IA3Config(targets=(), inputs=("a",)))  # which leaves the bias as it is
+    ia3.merge(model)

@@ -1,16 +1,21 @@
 """LoRA against the peft library, and what must hold without it."""
 
+import copy
 import json
 import math
+import warnings
 
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
+from llm_anatomy.models.llama import Llama
 from llm_anatomy.peft import lora, targets
 from llm_anatomy.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from llm_anatomy.peft.quantised import QuantisedConfig, QuantisedLinear, quantise_base
@@ -194,6 +199,30 @@ def test_a_head_that_trains_in_full_goes_along(tmp_path):
     assert twins.same(twins.picture(mine), twins.picture(twins.ours("bert")))
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_the_copy_of_a_table_that_peft_writes_is_the_base_s(target, tmp_path):
+    """Beside the factors of an embedding or an output layer, peft writes what they change."""
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(vocab_size=twins.V, num_attention_heads=3, **sizes)
+    base = parity.randomise(transformers.LlamaForCausalLM(config))
+    want = twins.with_peft(base, theirs_of(LoRAConfig(r=R, targets=(target,))))
+    twins.draw(want)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        want.save_pretrained(tmp_path)
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    tokens = twins.tokens("gpt2")[0]
+    for model in (parity.twin(base, Llama), copy.deepcopy(base)):
+        lora.load(model, tmp_path)
+        logits = model(tokens)
+        logits = logits if isinstance(logits, torch.Tensor) else logits.logits
+        torch.testing.assert_close(logits, want(input_ids=tokens).logits)
+    other = parity.randomise(transformers.LlamaForCausalLM(config), seed=9)
+    message = twins.refused(other, lambda model: lora.load(model, tmp_path))
+    assert "brings another" in message
+    assert f"{target}.weight than that of the base" in message
+
+
 def test_a_part_of_a_fused_matrix_cannot_be_written(tmp_path):
     model = twins.ours("gpt2")
     lora.add(model, LoRAConfig(r=R))
@@ -260,6 +289,8 @@ def test_the_base_is_known_merged_or_not_and_in_either_layout(tmp_path):
         ("r", None, "lacks r"),
         ("r", 2, r"has shape (3, 12), expected (2, 12)"),
         ("lora_alpha", 0, "alpha must be"),
+        ("lora_alpha", [1], "sets lora_alpha to [1], which is no number"),
+        ("lora_dropout", "some", "sets lora_dropout to 'some', which is no number"),
         ("peft_type", "IA3", "expected 'LORA'"),
     ],
 )
@@ -484,3 +515,85 @@ def test_a_shared_weight_is_not_merged():
     model = twins.theirs("gpt2")
     lora.add(model, LoRAConfig(r=R, targets=("wte",)))
     assert "shares its weight with lm_head" in twins.refused(model, lora.merge)
+
+
+def test_a_module_under_two_names_is_not_loaded_either(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    lora.add(model, LoRAConfig(r=R, targets=("a",)))
+    lora.save(model, tmp_path)
+    lora.remove(model)
+    model["b"] = model["a"]
+    message = twins.refused(model, lambda model: lora.load(model, tmp_path))
+    assert "a and b are one module" in message
+
+
+def test_layers_that_pytorch_does_not_call_are_refused():
+    """In evaluation it reads their weights, and would pass over what was put around them."""
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    for name, parent in (
+        ("linear1", "TransformerEncoderLayer"),
+        ("out_proj", "MultiheadAttention"),
+    ):
+        config = LoRAConfig(r=2, targets=(name,))
+        message = twins.refused(model, lambda model, config=config: lora.add(model, config))
+        assert f"{name} cannot be adapted: PyTorch's {parent} reads" in message
+
+
+def test_a_table_of_scaled_vectors():
+    """As BART and Gemma 3 have it: what is learned is scaled as well, so that it can be merged."""
+    base = BartScaledWordEmbedding(9, 6, padding_idx=0, embed_scale=2.5)
+    want = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=R, lora_alpha=8.0, target_modules=["table"]),
+        nn.ModuleDict({"table": copy.deepcopy(base)}),
+    )["table"]
+    model = nn.ModuleDict({"table": base})
+    lora.add(model, LoRAConfig(r=R, targets=("table",)))
+    twins.draw(model)
+    with torch.no_grad():
+        want.lora_embedding_A["default"].copy_(model["table"].lora_A)
+        want.lora_embedding_B["default"].copy_(model["table"].lora_B)
+    tokens = torch.tensor([[3, 1, 8]])
+    got = model["table"](tokens)
+    torch.testing.assert_close(got, want(tokens))
+    lora.merge(model)
+    torch.testing.assert_close(model["table"](tokens), got)
+
+
+def test_a_table_that_does_more_than_look_up_is_refused():
+    class Normed(nn.Embedding):
+        def forward(self, tokens):
+            return super().forward(tokens).tanh()
+
+    model = nn.ModuleDict({"table": Normed(9, 6)})
+    config = LoRAConfig(r=R, targets=("table",))
+    message = twins.refused(model, lambda model: lora.add(model, config))
+    assert "table is a Normed, which does more than look up" in message
+
+
+def test_a_layer_without_a_weight_is_refused():
+    class Packed(nn.Module):  # as PyTorch's dynamically quantised layers
+        in_features = out_features = 4
+
+        def weight(self):
+            return torch.ones(4, 4)
+
+    model = nn.ModuleDict({"a": Packed()})
+    message = twins.refused(model, lambda m: lora.add(m, LoRAConfig(r=2, targets=("a",))))
+    assert "Packed holds no weight" in message
+
+
+def test_a_merge_of_a_part_is_seen_by_the_whole():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4))})
+    lora.add(model["body"], LoRAConfig(r=2, targets=("0",)))
+    lora.merge(model["body"])
+    assert targets.is_merged(model)
+    with pytest.raises(ValueError, match="LoRA is merged"):
+        targets.state(model)
+    assert "does not carry LoRA" in twins.refused(model, lora.merge_and_remove)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(4, 6), nn.Linear(4, 6, bias=False)])
+def test_a_layer_still_says_how_wide_it_is(base):
+    layer = LoRALinear(base, LoRAConfig(r=2))
+    assert (layer.in_features, layer.out_features) == (4, 6)
+    assert not hasattr(LoRAEmbedding(nn.Embedding(4, 6), LoRAConfig(r=2)), "in_features")

@@ -263,3 +263,23 @@ def test_twice_tied_or_beneath_a_method_is_refused():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_old_precision_is_remembered(bias):
+    """Models ask a layer for the type of its weight, and LoRA's factors take it."""
+    model = nn.Sequential(nn.Linear(8, 6, bias=bias, dtype=torch.bfloat16)).eval()
+    model[0].weight.requires_grad_(False)
+    quantise_base(model, QuantisedConfig(targets=("0",)))
+    assert model[0].weight.dtype == torch.bfloat16
+    assert torch.equal(model[0].weight, model[0].dequantise().bfloat16())
+    assert not model[0].training
+    lora.add(model, lora.LoRAConfig(r=2, targets=("0",)))
+    assert model[0].lora_A.dtype == torch.bfloat16
+    assert model(torch.ones(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    lora.remove(model)
+    restore_base(model)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert not model[0].weight.requires_grad
+    assert not model[0].training
+    assert not bias or model[0].bias.requires_grad

@@ -204,6 +204,19 @@ def test_merging_is_noted_and_checked():
             action(model)
 
 
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (nn.ReLU(), "head is a ReLU, which has nothing to train"),
+        (nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.int8), False)]), "whole numbers"),
+    ],
+)
+def test_what_cannot_train_in_full_is_refused(head, message):
+    model = nn.ModuleDict({"head": head, "body": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=message):
+        targets.parameters_of(model, ("head",))
+
+
 # --- The state of one task ------------------------------------------------------------------------
 
 

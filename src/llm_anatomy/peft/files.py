@@ -126,6 +126,19 @@ def need(settings: Mapping[str, Any], name: str) -> Any:
     return settings[name]
 
 
+def number(settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A setting that is a number; without a default it must be there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = settings.get(name) if default is not None else need(settings, name)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{CONFIG} sets {name} to {value!r}, which is no number")
+    return float(value)
+
+
 # --- Names of modules -----------------------------------------------------------------------------
 
 
@@ -194,12 +207,15 @@ def modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The modules with exactly these names.
 
     Raises:
-        ValueError: the model lacks one.
+        ValueError: the model lacks one, or holds it under several names.
     """
-    there = dict(model.named_modules())
+    there = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name not in there:
             raise ValueError(f"the adapter is for {name}, which the model lacks")
+        called = [other for other, module in there.items() if module is there[name]]
+        if len(called) > 1:
+            raise ValueError(f"{' and '.join(called)} are one module, which cannot be adapted")
     return {name: there[name] for name in names}
 
 

@@ -1,7 +1,6 @@
 """What LoRA, (IA)3 and adapters share: a layer of their own around one of the base."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -33,6 +32,14 @@ class Wrapped(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return getattr(self.base, "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
 
     def folded(self) -> dict[str, Tensor]:
         """New values of parameters of the base, by name, with which it computes the same alone."""
@@ -75,13 +82,15 @@ def put_on(
 
     Raises:
         ValueError: the model carries a method already, a name in `also_train` finds nothing, or it
-            finds a module that is wrapped. The model is unchanged then.
+            finds a module that is wrapped; or a layer belongs to a module of PyTorch that does not
+            call it. The model is unchanged then.
     """
     targets.check_free(model, method)
     in_full = targets.parameters_of(model, also_train)
     for name, layer in layers.items():
         if {id(p) for p in layer.base.parameters()} & {id(p) for p in in_full}:
             raise ValueError(f"{name} cannot be a target and train in full at once")
+        _check_called(model, name)
     targets.freeze(model, method, in_full)
     for name, layer in layers.items():
         layer.train(layer.base.training)
@@ -106,11 +115,11 @@ def take_off(model: nn.Module, method: str) -> None:
 def merge(model: nn.Module, method: str) -> None:
     """Fold what was learned into the weights of the base: inference then costs nothing extra.
 
-    While merged, nothing of it trains.
+    While merged, nothing in the layers trains; modules that train in full still do.
 
     Raises:
         ValueError: the model does not carry the method, it is merged already, or a layer cannot
-            take a change: its weight is quantised, or another layer shares it.
+            take a change: its weight is quantised, or another layer shares a parameter of it.
     """
     targets.check_carries(model, method, merged=False)
     layers = wrapped(model)
@@ -144,6 +153,7 @@ def merge_and_remove(model: nn.Module, method: str) -> None:
     Raises:
         ValueError: as `merge` does.
     """
+    targets.check_carries(model, method)
     if not targets.is_merged(model):
         merge(model, method)
     for name, layer in wrapped(model).items():
@@ -156,7 +166,7 @@ def dense_weights(layers: Mapping[str, Wrapped]) -> dict[str, Tensor]:
     weights = {}
     for name, layer in layers.items():
         weight = getattr(layer.base, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             return {}
         weight = layer.before["weight"] if layer.merged else weight
         weights[name] = weight.T if targets.is_conv1d(layer.base) else weight
@@ -164,19 +174,37 @@ def dense_weights(layers: Mapping[str, Wrapped]) -> dict[str, Tensor]:
 
 
 def like(base: nn.Module) -> dict[str, Any]:
-    """Where to put new parameters, and in which precision: as the base, if its weight is real."""
-    first = next(chain(base.parameters(), base.buffers()))
-    return {"device": first.device, "dtype": first.dtype if first.is_floating_point() else None}
+    """Where to put new parameters, and in which precision: as the base, if its weight is real.
+
+    Raises:
+        ValueError: the base holds no weight as a tensor.
+    """
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor):
+        kind = f"{type(base).__module__}.{type(base).__name__}"
+        raise ValueError(f"a {kind} holds no weight that a method could be put on")
+    return {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
+
+
+def _check_called(model: nn.Module, name: str) -> None:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise ValueError(
+            f"{name} cannot be adapted: PyTorch's {type(parent).__name__} reads its weight and may "
+            "not call it"
+        )
 
 
 def _check_mergeable(model: nn.Module, name: str, layer: Wrapped) -> None:
     weight = getattr(layer.base, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise ValueError(f"{name} has no weight of real numbers that could take a change")
-    sharing = [
-        other
-        for other, module in model.named_modules()
-        if module is not layer.base and any(p is weight for p in module.parameters(recurse=False))
-    ]
-    if sharing:
-        raise ValueError(f"{name} shares its weight with {sharing[0]}, which a merge would change")
+    with torch.no_grad():
+        changed = {id(getattr(layer.base, part)): part for part in layer.folded()}
+    for other, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            if module is not layer.base and id(p) in changed:
+                part = changed[id(p)]
+                raise ValueError(
+                    f"{name} shares its {part} with {other}, which a merge would change"
+                )

@@ -89,6 +89,8 @@ class LoRAEmbedding(Wrapped):
     def __init__(self, base: nn.Embedding, config: LoRAConfig, name: str = "the layer") -> None:
         super().__init__(base)
         self.config = config
+        if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
+            raise ValueError(f"{name} is a {type(base).__name__}, which does more than look up")
         n, d = _check_rank(name, base, config.r)
         like = layers.like(base)
         self.lora_A = nn.Parameter(torch.zeros(config.r, n, **like))
@@ -99,7 +101,9 @@ class LoRAEmbedding(Wrapped):
         if self.merged:
             return x
         low = F.embedding(tokens, self.lora_A.T, self.base.padding_idx)  # (..., r)
-        return x + F.linear(low, self.lora_B) * self.config.scale
+        y = F.linear(low, self.lora_B) * self.config.scale
+        # transformers' tables of scaled vectors, as in BART and Gemma 3
+        return x + y * getattr(self.base, "embed_scale", 1.0)
 
     @property
     def weight(self) -> Float[Tensor, "V D"]:
@@ -214,12 +218,12 @@ def load(model: nn.Module, folder: str | Path) -> LoRAConfig:
     files.check_unused(settings, _UNUSED)
     if (start := settings.get("init_lora_weights")) not in _STARTS:
         raise ValueError(f"the adapter's base was changed first: init_lora_weights is {start!r}")
-    tensors = files.read_tensors(folder)
+    tensors = _without_base(model, files.read_tensors(folder))
     theirs, heads = files.split(tensors, _module_of)
     config = LoRAConfig(
         r=files.need(settings, "r"),
-        alpha=float(files.need(settings, "lora_alpha")),
-        dropout=float(settings.get("lora_dropout") or 0.0),
+        alpha=files.number(settings, "lora_alpha"),
+        dropout=files.number(settings, "lora_dropout", 0.0),
         targets=tuple(files.our_name(model, name) for name in theirs),
         also_train=tuple(files.our_name(model, head) for head in heads),
         rank_stabilised=bool(settings.get("use_rslora")),
@@ -244,6 +248,30 @@ def _module_of(name: str) -> str | None:
     if last.startswith("lora_embedding_"):
         return module
     return module.rpartition(".")[0] if module.endswith((".lora_A", ".lora_B")) else None
+
+
+def _without_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> targets.State:
+    """Leave out the copies of the base's tables that peft writes beside their factors.
+
+    Raises:
+        ValueError: one is not the base's own, which peft would put into its place.
+    """
+    rest = dict(tensors)
+    for key in tensors:
+        theirs, inside, last = key.removeprefix(files.PREFIX).partition(".base_layer.")
+        if not inside:
+            continue
+        name = files.our_name(model, theirs)
+        own = dict(files.modules(model, [name])[name].named_parameters()).get(last)
+        copy = rest.pop(key)
+        if own is None or own.shape != copy.shape or not _close(own, copy):
+            raise ValueError(f"the adapter brings another {theirs}.{last} than that of the base")
+    return rest
+
+
+def _close(own: Tensor, copy: Tensor) -> bool:
+    """Whether these are the same weights, perhaps in other precisions."""
+    return torch.allclose(own.float().cpu(), copy.float(), rtol=0.02, atol=1e-6)
 
 
 def _keys(theirs: str, layer: Wrapped) -> dict[str, nn.Parameter]:

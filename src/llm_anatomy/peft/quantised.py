@@ -198,10 +198,13 @@ class QuantisedLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         stored = quantise(linear.weight, block=block, group=group)
         self.block, self.group = block, group
+        self.dtype = linear.weight.dtype
+        self.train(linear.training)
         for name in ("levels", "codes", "scales", "group_scales", "mean"):
             self.register_buffer(name, getattr(stored, name), persistent=name != "levels")
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.trained = {n: p.requires_grad for n, p in linear.named_parameters()}  # before
 
     @property
     def stored(self) -> Quantised:
@@ -209,6 +212,11 @@ class QuantisedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         scales = (self.scales, self.group, self.group_scales, self.mean)
         return Quantised(shape, self.block, self.levels, self.codes, *scales)
+
+    @property
+    def weight(self) -> Float[Tensor, "O I"]:
+        """The weight in its old precision, made anew: models ask for its type or its device."""
+        return self.dequantise(self.dtype)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "O I"]:
         """The weight that the layer computes with."""
@@ -255,6 +263,8 @@ def quantise_base(model: nn.Module, config: QuantisedConfig) -> list[str]:
 def restore_base(model: nn.Module) -> list[str]:
     """Give every layer in four bits an ordinary weight again: the rounded one, all that is left.
 
+    It has its old precision, and trains if it did.
+
     Returns:
         The names of the layers.
 
@@ -267,8 +277,10 @@ def restore_base(model: nn.Module) -> list[str]:
         raise ValueError("the model has no layer in four bits")
     for name, layer in found.items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        linear.weight = nn.Parameter(layer.dequantise())
+        linear.weight = nn.Parameter(layer.weight)
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.detach())
-        replace(model, name, linear)
+        for part, p in linear.named_parameters():
+            p.requires_grad_(layer.trained[part])
+        replace(model, name, linear.train(layer.training))
     return [*found]

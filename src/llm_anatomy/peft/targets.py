@@ -162,20 +162,25 @@ def set_merged(model: nn.Module, method: str, merged: bool) -> None:
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Whether the model carries a method that is merged into its weights."""
-    record = vars(model).get(_RECORD)
-    return record is not None and record.merged
+    """Whether the model, or a part of it, carries a method that is merged into its weights."""
+    records = (vars(module).get(_RECORD) for module in model.modules())
+    return any(record is not None and record.merged for record in records)
 
 
 def parameters_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     """All parameters of the modules that `names` find, such as a head; none if there is no name.
 
     Raises:
-        ValueError: a name finds nothing.
+        ValueError: a name finds nothing, or a module without parameters, or one whose parameters
+            are no real numbers.
     """
-    return (
-        [p for module in find(model, names).values() for p in module.parameters()] if names else []
-    )
+    found = find(model, names) if names else {}
+    for name, module in found.items():
+        if not any(True for _ in module.parameters()):
+            raise ValueError(f"{name} is a {type(module).__name__}, which has nothing to train")
+        if not all(p.is_floating_point() for p in module.parameters()):
+            raise ValueError(f"{name} holds parameters of whole numbers, which cannot train")
+    return [p for module in found.values() for p in module.parameters()]
 
 
 def trainable(model: nn.Module) -> dict[str, int]:
