@@ -838,7 +838,7 @@ ADAM_MOVE = Exercise(
     level=3,
     minutes=12,
     task="""
-A layer $y = W x$ has $D$ inputs and $K$ outputs, and `gradient` is the gradient of the loss with
+A layer $y = xW$ has $D$ inputs and $K$ outputs, and `gradient` is the gradient of the loss with
 respect to $y$. Adam takes its **first** step with a learning rate `rate`. After bias correction
 both of its averages hold the first gradient alone, so each weight moves by the rate, against the
 sign of its own gradient ($\\epsilon$ is negligible). By how much does $y$ change, for the same $x$?
@@ -851,9 +851,9 @@ def adam_move(
     raise NotImplementedError
 ''',
     hints=(
-        "The gradient of weight (k, d) is a product of two numbers. What is its sign, and what "
+        "The gradient of weight (d, k) is a product of two numbers. What is its sign, and what "
         "does the change of that weight add to output k?",
-        "Weight (k, d) has the gradient gradient[k] x[d]. It moves by the rate times minus the "
+        "Weight (d, k) has the gradient x[d] gradient[k]. It moves by the rate times minus the "
         "sign of that. Multiplied by x[d], sign and x[d] make an absolute value: sum it over d.",
     ),
     solution='''
