@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
 from transformers import T5Config as TheirT5Config
@@ -14,8 +15,15 @@ from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.models.bart import Bart, BartConfig
 from llm_anatomy.models.bert import BertForSequenceClassification
+from llm_anatomy.models.bloom import Bloom, BloomConfig
+from llm_anatomy.models.falcon import Falcon, FalconConfig
+from llm_anatomy.models.gemma import Gemma
 from llm_anatomy.models.gpt2 import GPT2
+from llm_anatomy.models.llama import Llama, LlamaConfig
+from llm_anatomy.models.mixtral import Mixtral, MixtralConfig
+from llm_anatomy.models.qwen import Qwen2, Qwen3
 from llm_anatomy.models.t5 import T5
+from llm_anatomy.models.transformer import Transformer, TransformerConfig
 from llm_anatomy.peft import prefix
 from llm_anatomy.peft.prefix import Prefix, PrefixConfig, PrefixedCache
 from llm_anatomy.peft.targets import trainable
@@ -33,6 +41,7 @@ from tests.peft.test_soft_prompt import (
     call_theirs,
     gpt2,
 )
+from tests.peft.twins import refused
 
 
 def t5(n_layers: int = 2) -> nn.Module:
@@ -232,7 +241,7 @@ def test_cross_attention_can_have_one_too():
 def test_a_mask_widens_and_a_bias_with_it():
     attention = MultiHeadAttention(D, 3).eval()
     holder = nn.ModuleDict({"attention": attention})
-    own = prefix.add(holder, PrefixConfig(n_tokens=P))
+    own = prefix.add(holder, PrefixConfig(n_tokens=P, positions=()))
     x, mask = torch.randn(B, T, D), torch.rand(B, 1, T, T) > 0.4
     bias = torch.randn(1, 3, T, T)
     got = attention(x, mask=mask, bias=bias)
@@ -383,9 +392,9 @@ def test_a_prefix_for_another_base_is_refused(tmp_path):
     deeper.blocks.append(copy.deepcopy(deeper.blocks[0]))
     with pytest.raises(ValueError, match=r"shape \(4, 72\) in 3 heads, .* \(4, 48\) in 3"):
         prefix.load(deeper, tmp_path)
-    for refused in (other, deeper):
-        assert all(p.requires_grad for p in refused.parameters())
-        assert not hasattr(refused, "prefix")
+    for base in (other, deeper):
+        assert all(p.requires_grad for p in base.parameters())
+        assert not hasattr(base, "prefix")
 
 
 @pytest.mark.parametrize(
@@ -416,12 +425,76 @@ def test_twice_and_beside_another_method_is_refused():
         prefix.add(model, PrefixConfig(n_tokens=P))
 
 
-def test_rotary_positions_are_refused():
+SIZES = {"vocab_size": V, "n_layers": 2, "n_heads": 3, "d_model": D, "n_positions": 24}
+LLAMA = LlamaConfig(**SIZES, n_kv_heads=3, d_head=4, d_ff=17, tied=True)
+NO_PLACE = {
+    "LLaMA": (Llama, LLAMA, "rotary"),
+    "Gemma": (Gemma, LLAMA, "rotary"),
+    "Qwen2": (Qwen2, LLAMA, "rotary"),
+    "Qwen3": (Qwen3, LLAMA, "rotary"),
+    "Mixtral": (Mixtral, MixtralConfig(**vars(LLAMA)), "rotary"),
+    "Falcon": (Falcon, FalconConfig(**SIZES, n_kv_heads=1, d_ff=17), "rotary"),
+    "BLOOM": (
+        Bloom,
+        BloomConfig(**{n: v for n, v in SIZES.items() if n != "n_positions"}),
+        "no module counts positions",
+    ),
+    "Transformer": (
+        Transformer,
+        TransformerConfig(
+            vocab_size=V,
+            n_encoder_layers=1,
+            n_decoder_layers=1,
+            n_heads=3,
+            d_model=D,
+            d_ff=17,
+            n_positions=24,
+        ),
+        "no module counts positions",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "config", "message"), NO_PLACE.values(), ids=NO_PLACE)
+def test_models_whose_positions_are_computed_are_refused(kind, config, message, tmp_path):
     """They count the text from 0, and nothing tells them that a prefix stands before it."""
+    model = kind(config)
+    written = twin(gpt2(), GPT2)
+    prefix.add(written, PrefixConfig(n_tokens=P))
+    prefix.save(written, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as by peft, without a word on the base
+    assert message in refused(model, lambda m: prefix.add(m, PrefixConfig(n_tokens=P)))
+    assert message in refused(model, lambda m: prefix.load(m, tmp_path))
+
+
+def test_attention_that_turns_is_refused_when_it_is_called():
     holder = nn.ModuleDict({"attention": MultiHeadAttention(D, 3)})
-    prefix.add(holder, PrefixConfig(n_tokens=P))
+    prefix.add(holder, PrefixConfig(n_tokens=P, positions=()))
     with pytest.raises(ValueError, match="rotary positions is not supported"):
         holder["attention"](torch.randn(B, T, D), rotate=lambda x: x)
+
+
+def test_nothing_of_the_base_is_overwritten():
+    model = twin(gpt2(), GPT2)
+    model.prefix = nn.Linear(2, 2)
+    assert "prefix of its own" in refused(model, lambda m: prefix.add(m, PrefixConfig()))
+
+
+def test_with_a_trained_table_it_is_saved_and_loaded(tmp_path):
+    """The base is told by a matrix that does not train."""
+    model = twin(bert(), BertForSequenceClassification)
+    prefix.add(model, PrefixConfig(n_tokens=P, also_train=("token_embedding",)))
+    nn.init.normal_(model.bert.token_embedding.weight)
+    tokens, keep = batch()
+    prefix.save(model, tmp_path)
+    other = twin(bert(), BertForSequenceClassification)
+    prefix.load(other, tmp_path)
+    torch.testing.assert_close(other(tokens, keep=keep), model(tokens, keep=keep))
+    third = twin(bert(), BertForSequenceClassification)
+    nn.init.normal_(third.bert.segment_embedding.weight)
+    nn.init.normal_(third.bert.position_embedding.weight)
+    assert "another base" in refused(third, lambda m: prefix.load(m, tmp_path))
 
 
 def test_a_text_that_is_too_long_with_the_prefix_is_refused():

@@ -11,18 +11,26 @@ from peft import PromptEncoderConfig as TheirEncoderConfig
 from torch import Tensor, nn
 from transformers import BertConfig as TheirBertConfig
 from transformers import (
-    BertForSequenceClassification as TheirBert,
-)
-from transformers import GPT2Config as TheirGPT2Config
-from transformers import (
+    BertForQuestionAnswering,
+    GemmaForCausalLM,
     GPT2LMHeadModel,
     T5ForConditionalGeneration,
 )
+from transformers import (
+    BertForSequenceClassification as TheirBert,
+)
+from transformers import GemmaConfig as TheirGemmaConfig
+from transformers import GPT2Config as TheirGPT2Config
+from transformers import RobertaConfig as TheirRobertaConfig
+from transformers import RobertaForSequenceClassification as TheirRoberta
 from transformers import T5Config as TheirT5Config
 
 from llm_anatomy.cache import KVCache
+from llm_anatomy.models.bert import BertForQuestionAnswering as Spans
 from llm_anatomy.models.bert import BertForSequenceClassification
+from llm_anatomy.models.gemma import Gemma
 from llm_anatomy.models.gpt2 import GPT2
+from llm_anatomy.models.roberta import RobertaForSequenceClassification
 from llm_anatomy.models.t5 import T5
 from llm_anatomy.peft import soft_prompt
 from llm_anatomy.peft.calls import widen
@@ -36,6 +44,7 @@ from llm_anatomy.peft.soft_prompt import (
 )
 from llm_anatomy.peft.targets import trainable
 from tests.parity import randomise, twin
+from tests.peft.twins import refused
 
 B, T, P, D, V = 3, 7, 4, 12, 31
 
@@ -73,6 +82,35 @@ def t5() -> nn.Module:
         pad_token_id=0,
     )
     return randomise(T5ForConditionalGeneration(config))
+
+
+def gemma() -> nn.Module:
+    """Its table scales the vectors that it holds."""
+    config = TheirGemmaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=17,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=24,
+    )
+    return randomise(GemmaForCausalLM(config))
+
+
+def roberta(pad_id: int) -> nn.Module:
+    config = TheirRobertaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=17,
+        max_position_embeddings=24,
+        type_vocab_size=1,
+        pad_token_id=pad_id,
+    )
+    return randomise(TheirRoberta(config))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -206,13 +244,79 @@ def test_outputs_and_gradients_equal_those_of_peft(task, kind, on):
     assert all(p.grad is None for n, p in ours.named_parameters() if "soft_prompt" not in n)
 
 
-def test_prompt_is_the_same_as_tokens_with_its_vectors():
-    model = twin(gpt2(), GPT2)
+@pytest.mark.parametrize("build", [lambda: twin(gpt2(), GPT2), lambda: twin(gemma(), Gemma)])
+def test_prompt_is_the_same_as_tokens_with_its_vectors(build):
+    model = build()
     text, tokens = torch.tensor([[5, 9, 2, 5]]), torch.randint(V, (1, T))
     hard = model(torch.cat((text, tokens), dim=1))[:, 4:]
     config = SoftPromptConfig(n_tokens=4, init="text", text=tuple(text[0].tolist()))
     soft_prompt.add(model, config)
     torch.testing.assert_close(model(tokens), hard)
+
+
+@pytest.mark.parametrize("on", ["ours", "theirs"])
+def test_before_a_table_that_scales_it_equals_that_of_peft(on):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    theirs = get_peft_model(gemma(), config).eval()
+    ours = twin(gemma(), Gemma) if on == "ours" else gemma()
+    table = "token_embedding" if on == "ours" else "embed_tokens"
+    place = soft_prompt.add(ours, SoftPromptConfig(n_tokens=P, embedding=table))
+    copy_prompt(place.source, theirs.prompt_encoder["default"])
+    tokens = torch.randint(1, V, (B, T))
+    got = ours(tokens) if on == "ours" else ours(input_ids=tokens).logits
+    torch.testing.assert_close(got, theirs(input_ids=tokens).logits[:, -T:])
+
+
+@pytest.mark.parametrize("pad_id", [0, 1])
+@pytest.mark.parametrize("on", ["ours", "theirs"])
+def test_the_prompt_is_no_padding(on, pad_id):
+    """RoBERTa gives all padding one position; peft, which gives it vectors, counts the prompt."""
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
+    theirs = get_peft_model(roberta(pad_id), config).eval()
+    ours = twin(roberta(pad_id), RobertaForSequenceClassification)
+    ours = ours if on == "ours" else roberta(pad_id)
+    table = "token_embedding" if on == "ours" else "word_embeddings"
+    place = soft_prompt.add(ours, SoftPromptConfig(n_tokens=P, embedding=table))
+    copy_prompt(place.source, theirs.prompt_encoder["default"])
+    tokens = torch.randint(2, V, (B, T))
+    got = ours(tokens) if on == "ours" else ours(input_ids=tokens).logits
+    torch.testing.assert_close(got, theirs(input_ids=tokens).logits)
+
+
+def test_labels_of_a_whole_text_stay():
+    model = bert()
+    model.config.problem_type = "multi_label_classification"
+    soft_prompt.add(model, SoftPromptConfig(n_tokens=P, embedding="word_embeddings"))
+    tokens, wanted = torch.randint(1, V, (B, T)), torch.rand(B, 5)
+    out = model(input_ids=tokens, labels=wanted)
+    loss = F.binary_cross_entropy_with_logits(out.logits, wanted)
+    torch.testing.assert_close(out.loss, loss)
+    with pytest.raises(ValueError, match=r"Target size .*3, 7"):  # as many as there are tokens
+        model(input_ids=tokens, labels=torch.rand(B, T))
+
+
+def test_answers_are_found_in_the_text_alone():
+    spans = bert().config
+    spans.num_labels = 2
+    theirs = randomise(BertForQuestionAnswering(spans))
+    ours = twin(theirs, Spans)
+    tokens = torch.randint(1, V, (B, T))
+    first, last = torch.tensor([0, 2, T - 1]), torch.tensor([1, T - 1, T])  # T: no answer here
+    config = SoftPromptConfig(n_tokens=P, embedding="word_embeddings")
+    place = soft_prompt.add(theirs, config)
+    out = theirs(input_ids=tokens, start_positions=first, end_positions=last)
+    assert out.start_logits.shape == out.end_logits.shape == (B, T)
+    in_tuple = theirs(tokens, return_dict=False)
+    torch.testing.assert_close(in_tuple, (out.start_logits, out.end_logits))
+    other = soft_prompt.add(ours, SoftPromptConfig(n_tokens=P))
+    with torch.no_grad():
+        other.source.embedding.copy_(place())
+    torch.testing.assert_close(ours(tokens), in_tuple)
+    soft_prompt.remove(theirs)
+    vectors = prepend(place(), theirs.bert.embeddings.word_embeddings(tokens))
+    plain = theirs(inputs_embeds=vectors, start_positions=first + P, end_positions=last + P)
+    torch.testing.assert_close(out.loss, plain.loss)
+    torch.testing.assert_close(out.start_logits, plain.start_logits[:, P:])
 
 
 @pytest.mark.parametrize("pieces", [(7,), (1, 1, 5), (3, 4)])
@@ -312,6 +416,23 @@ def test_the_network_can_be_dropped():
         soft_prompt.drop_encoder(model)
 
 
+def test_what_is_kept_of_the_network_has_no_dropout(tmp_path):
+    model = twin(gpt2(), GPT2)
+    config = PromptEncoderConfig(n_tokens=P, kind="lstm", d_hidden=5, dropout=0.5)
+    place = soft_prompt.add(model, config)
+    assert not place.source.lstm.training  # as the model
+    want = place()
+    assert torch.equal(place(), want)
+    model.train()
+    assert not torch.equal(place(), place())
+    soft_prompt.save(model, tmp_path)
+    assert place.source.lstm.training
+    soft_prompt.drop_encoder(model)
+    assert torch.equal(place(), want)
+    other = twin(gpt2(), GPT2)
+    assert torch.equal(soft_prompt.load(other, tmp_path)(), want)
+
+
 @pytest.mark.parametrize("init", ["random", "vocabulary", "text"])
 def test_first_vectors(init):
     text = (3, 8, 5) if init == "text" else ()
@@ -392,9 +513,55 @@ def test_a_prompt_for_another_base_is_refused(tmp_path):
     headless = twin(bert(), BertForSequenceClassification)
     soft_prompt.add(headless, SoftPromptConfig(n_tokens=P, also_train=("classifier",)))
     soft_prompt.save(headless, tmp_path, "SEQ_CLS")
-    for refused in (other, wider):
-        assert all(p.requires_grad for p in refused.parameters())
-        assert not hasattr(refused, "soft_prompt")
+    for base in (other, wider):
+        assert all(p.requires_grad for p in base.parameters())
+        assert not hasattr(base, "soft_prompt")
+
+
+def test_with_a_trained_table_it_is_saved_and_loaded(tmp_path):
+    """The base is told by a matrix that does not train."""
+    model = twin(bert(), BertForSequenceClassification)
+    soft_prompt.add(model, SoftPromptConfig(n_tokens=P, also_train=("token_embedding",)))
+    nn.init.normal_(model.bert.token_embedding.weight)
+    tokens = torch.randint(1, V, (B, T))
+    soft_prompt.save(model, tmp_path)
+    other = twin(bert(), BertForSequenceClassification)
+    soft_prompt.load(other, tmp_path)
+    torch.testing.assert_close(other(tokens), model(tokens))
+    third = twin(bert(), BertForSequenceClassification)
+    nn.init.normal_(third.bert.position_embedding.weight)
+    nn.init.normal_(third.bert.segment_embedding.weight)
+    assert "another base" in refused(third, lambda m: soft_prompt.load(m, tmp_path))
+
+
+def test_a_head_is_saved_with_its_buffers(tmp_path):
+    def build() -> nn.Module:
+        model = bert()
+        model.classifier = nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 5))
+        return randomise(model)
+
+    model = build()
+    config = SoftPromptConfig(n_tokens=P, embedding="word_embeddings", also_train=("classifier",))
+    soft_prompt.add(model, config)
+    tokens = torch.randint(1, V, (B, T))
+    model.train()(input_ids=tokens)  # means and variances move
+    soft_prompt.save(model.eval(), tmp_path)
+    other = build()
+    soft_prompt.load(other, tmp_path, "word_embeddings")
+    torch.testing.assert_close(other(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_nothing_of_the_base_is_overwritten(tmp_path):
+    model = twin(gpt2(), GPT2)
+    soft_prompt.add(model, SoftPromptConfig(n_tokens=P))
+    soft_prompt.save(model, tmp_path)
+    other = twin(gpt2(), GPT2)
+    other.soft_prompt = nn.Linear(2, 2)
+    for put in (
+        lambda m: soft_prompt.add(m, SoftPromptConfig()),
+        lambda m: soft_prompt.load(m, tmp_path),
+    ):
+        assert "soft_prompt of its own" in refused(other, put)
 
 
 def test_nearest_tokens():

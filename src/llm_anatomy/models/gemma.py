@@ -53,6 +53,13 @@ class OneCentredRMSNorm(RMSNorm):
         return (wide * scale * (1 + self.weight.to(wide.dtype))).to(x.dtype)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Token vectors times the root of their width."""
+
+    def forward(self, tokens: Int[Tensor, "*_"]) -> Float[Tensor, "*_ D"]:
+        return super().forward(tokens) * self.embedding_dim**0.5
+
+
 class GemmaBlock(LlamaBlock):
     """LLaMA's block with GEGLU and Gemma's norms."""
 
@@ -78,11 +85,9 @@ class Gemma(Llama):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        table = self.token_embedding.weight.detach()
+        self.token_embedding = ScaledEmbedding.from_pretrained(table, freeze=False)
         self.norm = OneCentredRMSNorm(config.d_model, config.eps)
-
-    def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Token vectors times the root of the width."""
-        return super().embed(tokens) * self.config.d_model**0.5
 
     @classmethod
     def config_to_hf(cls, config: LlamaConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Methods that put something before the text change these arguments on their way i
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 TOKENS = ("tokens", "source", "input_ids")
+OUTPUTS = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
+"""Outputs of transformers that have something for each token, and their numbers of dimensions."""
+
 IGNORED = -100
 """A label that no loss counts."""
 
@@ -34,6 +37,17 @@ def takes(model: nn.Module, name: str) -> bool:
 def is_two_sided(model: nn.Module) -> bool:
     """Whether this is an encoder-decoder, whose outputs belong to another text than its inputs."""
     return takes(model, "target") or takes(model, "decoder_input_ids")
+
+
+def finds_spans(model: nn.Module, outputs: tuple) -> bool:
+    """Whether a model looks for an answer: it gives each token two numbers, apart."""
+    apart = all(isinstance(part, Tensor) and part.ndim == 2 for part in outputs)
+    return apart or takes(model, "start_positions")
+
+
+def is_per_token(labels: Tensor, shape: Sequence[int]) -> bool:
+    """Whether labels, for tokens of this shape, are one class a token, and not many a text."""
+    return labels.shape == tuple(shape) and not labels.is_floating_point()
 
 
 def n_cached(given: Mapping[str, Any]) -> int:

@@ -22,7 +22,7 @@ from llm_anatomy.attention import MultiHeadAttention
 from llm_anatomy.cache import KVCache
 from llm_anatomy.peft import files
 from llm_anatomy.peft.calls import bind, has, is_two_sided, n_cached, takes, widen_all
-from llm_anatomy.peft.soft_prompt import first_table, heads_in, heads_out, load_heads
+from llm_anatomy.peft.soft_prompt import check_place, first_table, heads_in, heads_out, load_heads
 from llm_anatomy.peft.targets import (
     check_carries,
     check_count,
@@ -36,6 +36,7 @@ from llm_anatomy.peft.targets import (
 from llm_anatomy.positions import RelativePositionBias
 
 METHOD = "a prefix"
+_ROTARY = "a prefix before rotary positions is not supported"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class PrefixConfig:
             or more of it. All that `attention` finds in an encoder-decoder is the self-attention of
             both sides.
         positions: tables of positions, and relative biases, that count the prefix in front of the
-            text, by name; None for all that the model has, () to number the text from 0.
+            text, by name; None for all that the model has, which must be one or more; () to number
+            the text from 0.
         also_train: modules that train in full beside the prefix, such as a new head, by name.
 
     Raises:
@@ -179,7 +181,7 @@ class Prefix(nn.Module):
         bound = bind(attention, args, kwargs)
         given = bound.arguments
         if has(given, "rotate"):
-            raise ValueError("a prefix before rotary positions is not supported")
+            raise ValueError(_ROTARY)
         context = given["context"] if has(given, "context") else given["x"]
         k, v = (self() if self._current is None else self._current)[layer]
         rows = (len(context), -1, -1, -1)
@@ -243,9 +245,11 @@ def add(
     Raises:
         ValueError: the model carries a method already, a name finds nothing, or what it finds is no
             attention layer or no table of positions, layers differ in their heads, or the model has
-            no place for a prefix. The model is unchanged then.
+            no place for a prefix: its positions are rotary or computed otherwise, or it has a
+            module `prefix` of its own. The model is unchanged then.
     """
     check_free(model, METHOD)
+    check_place(model, "prefix")
     heads = parameters_of(model, config.also_train)
     names, n_heads, d_head, d_model = (
         _layers(model, config) if new_cache is None else _config(_host(model).config)
@@ -325,6 +329,7 @@ def save(model: nn.Module, folder: str | Path, task: str | None = None) -> None:
             )
         flat = flat[:, _rows(L).argsort()]
     modules, tensors = heads_out(model, prefix.also_train)
+    trained = [*parameters_of(model, prefix.also_train), *prefix.parameters()]
     width = flat.shape[-1]
     settings = {
         "peft_type": "PREFIX_TUNING",
@@ -340,7 +345,7 @@ def save(model: nn.Module, folder: str | Path, task: str | None = None) -> None:
         "modules_to_save": modules or None,
     }
     tensors["prompt_embeddings"] = flat.flatten(1)
-    files.write(folder, settings, tensors, first_table(model))
+    files.write(folder, settings, tensors, first_table(model, trained))
 
 
 def load(
@@ -369,7 +374,7 @@ def load(
     P = files.need(settings, "num_virtual_tokens")
     flat = tensors.pop("prompt_embeddings", None)
     heads = heads_in(model, tensors)
-    files.check_base(folder, first_table(model))
+    files.check_base(folder, first_table(model, parameters_of(model, tuple(heads))))
     config = PrefixConfig(n_tokens=P, targets=targets, positions=positions, also_train=tuple(heads))
     prefix = add(model, config, new_cache=new_cache)
     fits = settings.get("num_attention_heads") in (None, prefix.n_heads)
@@ -407,6 +412,8 @@ def _layers(model: nn.Module, config: PrefixConfig) -> tuple[list[str], int, int
     for name, module in found.items():
         if not isinstance(module, MultiHeadAttention):
             raise ValueError(f"{name} is a {type(module).__name__}, not an attention layer of ours")
+        if takes(model.get_submodule(name.rpartition(".")[0]), "rotate"):
+            raise ValueError(_ROTARY)
     shapes = {(m.k_proj.out_features // m.d_head, m.d_head, m.d_model) for m in found.values()}
     if len(shapes) > 1:
         raise ValueError(f"the attention layers differ in their heads and widths: {shapes}")
@@ -416,11 +423,17 @@ def _layers(model: nn.Module, config: PrefixConfig) -> tuple[list[str], int, int
 def _positions(model: nn.Module, config: PrefixConfig) -> list[nn.Module]:
     """What counts the positions of a model."""
     if config.positions is None:
-        return [
+        counting = [
             module
             for name, module in model.named_modules()
             if name.endswith("position_embedding") or isinstance(module, RelativePositionBias)
         ]
+        if not counting:  # sinusoids and ALiBi are computed, and cannot be told of the prefix
+            raise ValueError(
+                "no module counts positions, which a prefix would shift; "
+                "positions=() numbers the text from 0"
+            )
+        return counting
     found = find(model, config.positions) if config.positions else {}
     for name, module in found.items():
         if not isinstance(module, nn.Embedding | RelativePositionBias):

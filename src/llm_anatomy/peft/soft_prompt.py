@@ -5,7 +5,7 @@ text and nothing else. P-tuning (Liu et al., 2021, arXiv:2103.10385) trains them
 network, the prompt encoder, which is thrown away afterwards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from llm_anatomy.peft import files
 from llm_anatomy.peft.calls import (
     IGNORED,
+    OUTPUTS,
     TOKENS,
     bind,
+    finds_spans,
     has,
+    is_per_token,
     is_two_sided,
     n_cached,
     widen,
@@ -35,6 +38,7 @@ from llm_anatomy.peft.targets import (
     check_free,
     check_names,
     check_share,
+    find,
     freeze,
     parameters_of,
     thaw,
@@ -205,16 +209,26 @@ class InFront(nn.Module):
     norms and masks then come out as for any other token, whatever model it is.
     """
 
-    def __init__(self, source: SoftPrompt | PromptEncoder, also_train: tuple[str, ...]) -> None:
+    def __init__(
+        self, source: SoftPrompt | PromptEncoder, also_train: tuple[str, ...], stand_in: int = 0
+    ) -> None:
         super().__init__()
         self.source = source
         self.also_train = also_train
+        self.stand_in = stand_in  # the token read at the places of the prompt
         self.handles: list[RemovableHandle] = []
         self._due = False  # P tokens stand in front, and still have their own vectors
         self._n_read = 0  # tokens read in this call, if their outputs are to be cut
 
     def forward(self) -> Float[Tensor, "P D"]:
         return self.source()
+
+    def made(self) -> Float[Tensor, "P D"]:
+        """The prompt as it stays after training: a network makes it without dropout."""
+        training = self.source.training
+        vectors = self.source.eval()()
+        self.source.train(training)
+        return vectors.detach()
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Put P tokens before the text, unless a cache says that they were read before."""
@@ -227,12 +241,16 @@ class InFront(nn.Module):
         self._due = n_cached(given) == 0
         self._n_read = 0
         if self._due:
-            given[name] = widen(given[name], P, 0)
+            shape = given[name].shape
+            given[name] = widen(given[name], P, self.stand_in)
             widen_all(given, ("segments", "token_type_ids"), P, 0)
             if not is_two_sided(model):
                 self._n_read = given[name].shape[1]
-                if has(given, "labels") and given["labels"].ndim > 1:
+                if has(given, "labels") and is_per_token(given["labels"], shape):
                     given["labels"] = widen(given["labels"], P, IGNORED)
+                for end in ("start_positions", "end_positions"):
+                    if has(given, end):
+                        given[end] = given[end].clamp(min=0) + P
         widen_all(given, ("keep", "attention_mask"), P, 1)
         if has(given, "position_ids"):
             ids = given["position_ids"] + P
@@ -255,20 +273,21 @@ class InFront(nn.Module):
             raise ValueError("the model did not look tokens up in the table that has the prompt")
         P = self.source.n_tokens
 
-        def cut(part: Any) -> Any:
-            at_each = isinstance(part, Tensor) and part.ndim == 3 and part.shape[1] == n
+        def cut(part: Any, *ndims: int) -> Any:
+            at_each = isinstance(part, Tensor) and part.ndim in ndims and part.shape[1] == n
             return part[:, P:] if at_each else part
 
         if not n:
             return None
         if isinstance(output, tuple):
-            return tuple(cut(part) for part in output)
+            ndims = (2, 3) if finds_spans(model, output) else (3,)
+            return tuple(cut(part, *ndims) for part in output)
         if isinstance(output, Mapping):  # transformers
-            for name in ("logits", "last_hidden_state"):
+            for name, ndim in OUTPUTS.items():
                 if output.get(name) is not None:
-                    output[name] = cut(output[name])
+                    output[name] = cut(output[name], ndim)
             return None
-        return cut(output)
+        return cut(output, 3)
 
 
 def add(model: nn.Module, config: SoftPromptConfig | PromptEncoderConfig) -> InFront:
@@ -288,10 +307,12 @@ def add(model: nn.Module, config: SoftPromptConfig | PromptEncoderConfig) -> InF
         The prompt; it is also `model.soft_prompt`.
 
     Raises:
-        ValueError: the model carries a method already, the names fit no table or several, or a
-            token id of the initial text lies outside the vocabulary. The model is unchanged then.
+        ValueError: the model carries a method already or has a module `soft_prompt` of its own, the
+            names fit no table or several, or a token id of the initial text lies outside the
+            vocabulary. The model is unchanged then.
     """
     check_free(model, METHOD)
+    check_place(model, NAME)
     table = _table(model, config.embedding)
     if isinstance(config, PromptEncoderConfig):
         source = PromptEncoder(config, table.embedding_dim)
@@ -323,7 +344,7 @@ def drop_encoder(model: nn.Module) -> None:
     place = model.soft_prompt
     if not isinstance(place.source, PromptEncoder):
         raise ValueError("the soft prompt has no network to drop")
-    place.source = SoftPrompt(place.source())
+    place.source = SoftPrompt(place.made())
 
 
 def save(model: nn.Module, folder: str | Path, task: str | None = None) -> None:
@@ -339,8 +360,10 @@ def save(model: nn.Module, folder: str | Path, task: str | None = None) -> None:
     """
     check_carries(model, METHOD)
     place = model.soft_prompt
-    P, D = place().shape
+    vectors = place.made()
+    P, D = vectors.shape
     modules, tensors = heads_out(model, place.also_train)
+    trained = [*parameters_of(model, place.also_train), *place.parameters()]
     settings = {
         "peft_type": "PROMPT_TUNING",
         "task_type": task,
@@ -351,8 +374,8 @@ def save(model: nn.Module, folder: str | Path, task: str | None = None) -> None:
         "inference_mode": True,
         "modules_to_save": modules or None,
     }
-    tensors["prompt_embeddings"] = place()
-    files.write(folder, settings, tensors, first_table(model))
+    tensors["prompt_embeddings"] = vectors
+    files.write(folder, settings, tensors, first_table(model, trained))
 
 
 def load(model: nn.Module, folder: str | Path, embedding: str = "token_embedding") -> InFront:
@@ -366,6 +389,7 @@ def load(model: nn.Module, folder: str | Path, embedding: str = "token_embedding
             The model is unchanged then.
     """
     check_free(model, METHOD)
+    check_place(model, NAME)
     table = _table(model, embedding)
     try:
         settings = files.read_settings(folder, "P_TUNING")
@@ -380,7 +404,7 @@ def load(model: nn.Module, folder: str | Path, embedding: str = "token_embedding
         shape = None if vectors is None else tuple(vectors.shape)
         raise ValueError(f"the model needs a prompt of shape {(n, D)}, but the file holds {shape}")
     heads = heads_in(model, tensors)
-    files.check_base(folder, first_table(model))
+    files.check_base(folder, first_table(model, parameters_of(model, tuple(heads))))
     place = _put(model, table, SoftPrompt(vectors[:P]), tuple(heads))
     load_heads(model, heads)
     return place
@@ -388,7 +412,7 @@ def load(model: nn.Module, folder: str | Path, embedding: str = "token_embedding
 
 # --- What prefixes need as well -------------------------------------------------------------------
 
-PREFIX = "base_model."
+_FRONT = "base_model."
 """What peft puts before a module's name, when it puts something before the text."""
 
 Heads = dict[str, State]
@@ -396,8 +420,13 @@ Heads = dict[str, State]
 
 def heads_out(model: nn.Module, names: tuple[str, ...]) -> tuple[list[str], State]:
     """Modules that train in full, as peft writes them: their names, and their tensors."""
-    modules, tensors = files.in_full(model, names)
-    return modules, {PREFIX + n.removeprefix(files.PREFIX): t for n, t in tensors.items()}
+    modules, parameters = files.in_full(model, names)
+    tensors: State = {_FRONT + n.removeprefix(files.PREFIX): p for n, p in parameters.items()}
+    for found in find(model, names) if names else ():
+        for path, tensor in model.get_submodule(found).state_dict(prefix=f"{found}.").items():
+            module, _, last = path.rpartition(".")
+            tensors.setdefault(f"{_FRONT}{files.their_name(model, module)}.{last}", tensor)
+    return modules, tensors
 
 
 def heads_in(model: nn.Module, tensors: State) -> Heads:
@@ -408,13 +437,14 @@ def heads_in(model: nn.Module, tensors: State) -> Heads:
     """
     heads: Heads = {}
     for name, tensor in tensors.items():
-        module, _, last = name.removeprefix(PREFIX).rpartition(".")
+        module, _, last = name.removeprefix(_FRONT).rpartition(".")
         ours = files.our_name(model, module)
         heads.setdefault(ours, {})[last] = tensor
     for name, state in heads.items():
         if name not in dict(model.named_modules()):
             raise ValueError(f"the file holds a module {name}, which the model lacks")
-        own = {n: p.shape for n, p in model.get_submodule(name).named_parameters()}
+        whole = model.get_submodule(name).state_dict()  # of the modules in it as well
+        own = {n: t.shape for n, t in whole.items() if "." not in n}
         check_names(f"the file's {name}", state, own)
     return heads
 
@@ -422,12 +452,25 @@ def heads_in(model: nn.Module, tensors: State) -> Heads:
 def load_heads(model: nn.Module, heads: Heads) -> None:
     """Give modules what `heads_in` has read."""
     for name, state in heads.items():
-        model.get_submodule(name).load_state_dict(state)
+        model.get_submodule(name).load_state_dict(state, strict=False)  # not the modules in it
 
 
-def first_table(model: nn.Module) -> State:
-    """The first matrix of a base, by which another one is told: the vectors of its tokens."""
-    return {"first": next(p for p in model.parameters() if p.ndim > 1)}
+def check_place(model: nn.Module, name: str) -> None:
+    """Check that the base has nothing of its own where the method goes.
+
+    Raises:
+        ValueError: it has.
+    """
+    if hasattr(model, name):
+        raise ValueError(f"the model has a {name} of its own, where the method would go")
+
+
+def first_table(model: nn.Module, trained: Iterable[nn.Parameter]) -> State:
+    """The first matrix that stays as it was, by which a base is told: the vectors of its tokens."""
+    left_out = {id(p) for p in trained}
+    matrices = (p for p in model.parameters() if p.ndim > 1 and id(p) not in left_out)
+    first = next(matrices, None)
+    return {} if first is None else {"first": first}
 
 
 # --- Where the prompt goes ------------------------------------------------------------------------
@@ -451,19 +494,35 @@ def _start(config: SoftPromptConfig, table: nn.Embedding) -> Tensor:
     if config.init == "random":
         return torch.empty(P, D).uniform_(-0.5, 0.5)
     if config.init == "vocabulary":
-        return table.weight[torch.randint(V, (P,))]
+        return _look_up(table, torch.randint(V, (P,)))
     if min(config.text) < 0 or max(config.text) >= V:
         raise ValueError(f"token ids must lie between 0 and {V - 1}, got {config.text}")
     text = config.text * -(-P // len(config.text))  # repeated until it is long enough
-    return table.weight[list(text[:P])]
+    return _look_up(table, torch.tensor(text[:P]))
+
+
+def _look_up(table: nn.Embedding, tokens: Int[Tensor, " P"]) -> Float[Tensor, "P D"]:
+    """As the model does: some tables scale what they hold."""
+    return table(tokens.to(table.weight.device))
+
+
+def _stand_in(model: nn.Module, table: nn.Embedding) -> int:
+    """The first token id that is no padding: RoBERTa gives padding no positions of its own."""
+    pads = {table.padding_idx}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        pads |= {getattr(config, name, None) for name in ("pad_id", "pad_token_id")}
+    return next((i for i in range(table.num_embeddings) if i not in pads), 0)
 
 
 def _put(
     model: nn.Module, table: nn.Embedding, source: SoftPrompt | PromptEncoder, heads: tuple
 ) -> InFront:
     """Freeze the model and place a prompt before it."""
+    stand_in = _stand_in(model, table)
     freeze(model, METHOD, parameters_of(model, heads))
-    place = model.soft_prompt = InFront(source, tuple(heads)).to(table.weight)
+    place = InFront(source, tuple(heads), stand_in).to(table.weight)
+    model.soft_prompt = place.train(model.training)
     place.handles = [
         model.register_forward_pre_hook(place.before, with_kwargs=True),
         table.register_forward_hook(place.replace),
