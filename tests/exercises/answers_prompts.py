@@ -219,11 +219,13 @@ WRONG = {
         (masked(before=False), "stand behind those of the text"),
         (masked(rows=lambda P, T: P + T, shift=lambda P: 0), "never looks"),
         (masked(padding=False), "Padding is visible"),
+        (lambda k, P: masked()(k, P) & k.unsqueeze(2), "rows of padding are closed"),
         (masked(shift=lambda P: 99), "tokens look ahead"),
     ],
     "prefix_positions": [
         (lambda k, P: torch.where(k, k.cumsum(1) - 1, 0), "as if there were no prefix"),
         (lambda k, P: torch.where(k, torch.arange(P, P + k.shape[1]), P), "it shifts the text"),
+        (lambda k, P: torch.arange(P, P + k.shape[1]).repeat(len(k), 1), "counted through"),
         (lambda k, P: torch.where(k, k.cumsum(1) + P, P), "One too many"),
         (lambda k, P: torch.where(k, k.cumsum(1) + P - 2, P), "One too few"),
         (lambda k, P: torch.where(k, k.cumsum(1) + P - 1, 0), "the padding is not"),

@@ -275,8 +275,8 @@ PREFIX_MASK = Exercise(
     minutes=8,
     task="""
 A causal decoder has P learned keys in front of its T tokens. Make its mask (B, T, P + T), `True` =
-may look: every token sees the **whole** prefix, and of the text itself and what comes before it,
-but no padding. `keep` (B, T) is `True` at real tokens.
+may look: every token, padding too, sees the **whole** prefix, and of the text itself and what comes
+before it, but no column of padding is open. `keep` (B, T) is `True` at real tokens.
 """,
     stub='''
 def prefix_mask(keep: Bool[Tensor, "B T"], P: int) -> Bool[Tensor, "B T S"]:
@@ -330,6 +330,11 @@ def prefix_mask(keep: Bool[Tensor, "B T"], P: int) -> Bool[Tensor, "B T S"]:
             Mistake(
                 "Padding is visible.",
                 lambda k, P: _tril(k.shape[1], P + k.shape[1], P).expand(len(k), -1, -1),
+            ),
+            Mistake(
+                "The rows of padding are closed too. Only its columns are: every row sees the "
+                "prefix.",
+                lambda k, P: _prefix_mask(k, P) & k[:, :, None],
             ),
             Mistake(
                 "The text is not causal: tokens look ahead.",
@@ -392,6 +397,11 @@ def prefix_positions(keep: Bool[Tensor, "B T"], P: int) -> Int[Tensor, "B T"]:
             Mistake(
                 "Padding on the left is counted: it shifts the text.",
                 lambda k, P: (torch.arange(k.shape[1]) + P).expand(k.shape).masked_fill(~k, P),
+            ),
+            Mistake(
+                "The positions are counted through, padding as well: on the left it shifts the "
+                "text, on the right it does not get P.",
+                lambda k, P: (torch.arange(k.shape[1]) + P).expand(k.shape),
             ),
             Mistake(
                 "One too many: the first token stands at P, not at P + 1.",
@@ -825,8 +835,8 @@ def count_prefix(P: int, L: int, D: int, M: int) -> tuple[int, int, int]:
     slot = 2 * L * D
     return P * D, P * slot, P * D + M * (D + 1) + slot * (M + 1)
 ''',
-    why="For 20 slots in a model of the size of BERT-base the network has some thirty times the "
-    "numbers of the prefix that it makes. It trains, and is not kept.",
+    why="For 20 slots in a model of the size of BERT-base and M = 512, what trains through the "
+    "network is 27 times the prefix that it makes. It trains, and is not kept.",
     point="What trains and what is stored are two counts; papers and libraries report either.",
     check=same_function(
         _counts,
