@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from torch import nn
 
 from llm_anatomy.models.bert import BERT_BASE, BERT_LARGE, BertModel
 from llm_anatomy.peft import bitfit, targets
@@ -34,6 +35,18 @@ def test_t5_has_no_bias():
     for model in (twins.theirs("t5"), twins.ours("t5")):
         message = twins.refused(model, lambda model: bitfit.add(model, BitFitConfig()))
         assert "the model has no bias" in message
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (nn.MultiheadAttention(8, 2), {"in_proj_bias", "out_proj.bias"}),
+        (nn.LSTM(3, 4), {"bias_ih_l0", "bias_hh_l0"}),
+    ],
+)
+def test_layers_of_pytorch_with_biases_of_other_names(module, names):
+    bitfit.add(module)
+    assert set(targets.trainable(module)) == names
 
 
 @pytest.mark.parametrize(("config", "share"), [(BERT_BASE, 0.0009), (BERT_LARGE, 0.0008)])

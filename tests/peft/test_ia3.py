@@ -208,3 +208,18 @@ def test_a_shared_bias_is_not_merged():
     ia3.remove(model)
     ia3.add(model, IA3Config(targets=(), inputs=("a",)))  # which leaves the bias as it is
     ia3.merge(model)
+
+
+@pytest.mark.parametrize("of_input", [True, False])
+@pytest.mark.parametrize("widths", [(8, 1), (1, 8), (1, 1)])
+def test_a_layer_of_one_feature_is_read_as_it_was_written(widths, of_input, tmp_path):
+    """The shape of its factor does not tell whether that is of the input or of the output."""
+    model = nn.ModuleDict({"a": nn.Linear(*widths)})
+    places = {"targets": (), "inputs": ("a",)} if of_input else {"targets": ("a",), "inputs": ()}
+    ia3.add(model, IA3Config(**places))
+    twins.draw(model)
+    ia3.save(model, tmp_path)
+    gain = model["a"].gain
+    ia3.remove(model)
+    assert ia3.load(model, tmp_path) == IA3Config(**places)
+    assert torch.equal(model["a"].gain, gain)

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
-from llm_anatomy.models.llama import Llama
+from llm_anatomy.models.llama import Llama, LlamaConfig
+from llm_anatomy.models.mixtral import Mixtral, MixtralConfig
+from llm_anatomy.models.qwen import Qwen3
 from llm_anatomy.peft import lora, targets
 from llm_anatomy.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from llm_anatomy.peft.quantised import QuantisedConfig, QuantisedLinear, quantise_base
@@ -597,3 +599,56 @@ def test_a_layer_still_says_how_wide_it_is(base):
     layer = LoRALinear(base, LoRAConfig(r=2))
     assert (layer.in_features, layer.out_features) == (4, 6)
     assert not hasattr(LoRAEmbedding(nn.Embedding(4, 6), LoRAConfig(r=2)), "in_features")
+
+
+class WithStatistics(nn.Module):
+    """A head and a body that each keep running statistics, which are no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_running_statistics_come_back_and_those_of_a_head_go_along(tmp_path):
+    torch.manual_seed(0)
+    model, x = WithStatistics(), torch.randn(9, 4)
+    before, base = twins.picture(model), copy.deepcopy(model)
+    lora.add(model, LoRAConfig(r=2, targets=("body.0",), also_train=("head",)))
+    twins.draw(model)
+    model.head[0](x)  # in training
+    model.eval()
+    want = model(x)
+    lora.save(model, tmp_path / "ours")
+    theirs = twins.loaded_by_peft(base, tmp_path / "ours")
+    torch.testing.assert_close(theirs(x), want)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = copy.deepcopy(base).eval()
+    lora.load(again, tmp_path / "theirs")
+    torch.testing.assert_close(again(x), want)
+    model.train()(x)
+    lora.remove(model)
+    assert twins.same(twins.picture(model), before)
+
+
+SMALL = {"vocab_size": 9, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_model": 8, "d_ff": 6}
+
+
+def test_a_refusal_says_which_layer_is_meant():
+    """Qwen 3 has a norm after the projection, inside the module of that name."""
+    message = twins.refused(
+        Qwen3(LlamaConfig(**SMALL, d_head=4)), lambda model: lora.add(model, LoRAConfig(r=2))
+    )
+    assert "such as blocks.0.attention.q_proj.linear" in message
+
+
+def test_one_expert_of_many_cannot_be_written(tmp_path):
+    """transformers holds the matrices of all experts in one tensor."""
+    model = Mixtral(MixtralConfig(**SMALL))
+    lora.add(model, LoRAConfig(r=2, targets=("up_proj",)))
+    message = twins.refused(model, lambda model: lora.save(model, tmp_path / "new"))
+    assert "all other experts in one tensor" in message
+    assert not (tmp_path / "new").exists()

@@ -252,6 +252,8 @@ def test_twice_tied_or_beneath_a_method_is_refused():
     [
         (lambda: quantise(torch.empty(0, 3)), "nothing to quantise"),
         (lambda: quantise(torch.tensor([1.0, float("nan")])), "not finite"),
+        (lambda: quantise(torch.tensor([1e300], dtype=torch.float64)), "too large for 32 bits"),
+        (lambda: quantise(torch.full((70,), 3e38)), "too large for 32 bits"),
         (lambda: quantise(torch.ones(3), block=0), "block must be a whole number"),
         (lambda: quantise(torch.ones(3), group=0), "group must be a whole number"),
         (lambda: quantise(torch.ones(3), levels=uniform_levels() * 2), "rise from -1 to 1"),
@@ -283,3 +285,9 @@ def test_the_old_precision_is_remembered(bias):
     assert not model[0].weight.requires_grad
     assert not model[0].training
     assert not bias or model[0].bias.requires_grad
+
+
+@pytest.mark.parametrize("n", [0, 15, 17])
+def test_levels_are_sixteen(n, unchecked):
+    with pytest.raises(ValueError, match="must be 16 levels"):
+        quantise(torch.ones(3), levels=torch.linspace(-1, 1, n))

@@ -19,7 +19,10 @@ from llm_anatomy.peft.layers import Wrapped
 METHOD = "adapters"
 
 HOULSBY = ("o_proj", "down_proj")
-"""Two adapters a block: after attention and after feed-forward, each before the residual sum."""
+"""Two adapters a block: after attention and after feed-forward, each before the residual sum.
+
+A decoder that looks at an encoder has one more a block, after that attention too.
+"""
 
 PFEIFFER = ("down_proj",)
 """One a block, after feed-forward (Pfeiffer et al., 2021, arXiv:2005.00247)."""

@@ -59,8 +59,13 @@ def _biases(model: nn.Module, config: BitFitConfig) -> list[nn.Parameter]:
         p
         for module in modules
         for name, p in module.named_parameters()
-        if name.rpartition(".")[2] == "bias"
+        if _is_bias(name.rpartition(".")[2])
     ]
     if not biases:
         raise ValueError(f"{', '.join(config.targets) or 'the model'} has no bias")
     return biases
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a parameter is called so; PyTorch's attention and recurrent layers hold several."""
+    return name in ("bias", "in_proj_bias") or name.startswith(("bias_ih_", "bias_hh_"))

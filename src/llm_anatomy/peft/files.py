@@ -147,7 +147,7 @@ def their_name(model: nn.Module, name: str) -> str:
 
     Raises:
         ValueError: there it is no module of its own but a part of a fused one, which peft can only
-            adapt as a whole, or it has no counterpart.
+            adapt as a whole, or one of many experts, or it has no counterpart.
     """
     if not isinstance(model, Pretrained):
         return name
@@ -156,6 +156,8 @@ def their_name(model: nn.Module, name: str) -> str:
             continue
         if isinstance(rule, Fused):
             raise ValueError(_fused(rule))
+        if ".experts." in rule.theirs:
+            raise ValueError(f"transformers holds {name} and all other experts in one tensor")
         return rule.theirs.removesuffix(".weight")
     raise ValueError(f"{name} has no counterpart in Hugging Face's {model.model_type}")
 
@@ -177,30 +179,32 @@ def our_name(model: nn.Module, name: str) -> str:
     raise ValueError(f"the adapter is for {name}, which this {model.model_type} model lacks")
 
 
-def in_full(model: nn.Module, names: Sequence[str]) -> tuple[list[str], dict[str, nn.Parameter]]:
+def in_full(model: nn.Module, names: Sequence[str]) -> tuple[list[str], State]:
     """Modules that train in full, such as a head, as peft writes them.
 
     Returns:
-        Their names in Hugging Face's words, and their parameters under the names in the file.
+        Their names in Hugging Face's words, and their own parameters and buffers, not copies of
+        them, under the names in the file.
 
     Raises:
         ValueError: a parameter is shared with another module, here or in Hugging Face's model: peft
             would train a copy, and leave the other module as it was.
     """
     modules: dict[str, None] = {}
-    parameters = {}
+    tensors = {}
     tied = model.hf_tied(model.config) if isinstance(model, Pretrained) else {}
     tied_names = {*tied, *tied.values()}
     n_places = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
     for found in find(model, names) if names else ():
-        for path, p in model.get_submodule(found).named_parameters(prefix=found):
+        whole = model.get_submodule(found).state_dict(prefix=f"{found}.", keep_vars=True)
+        for path, tensor in whole.items():
             module, _, last = path.rpartition(".")
             theirs = their_name(model, module)
-            if n_places[p] > 1 or f"{theirs}.{last}" in tied_names:
+            if n_places[tensor] > 1 or f"{theirs}.{last}" in tied_names:
                 raise ValueError(f"{path} is tied to another module; peft would train it alone")
             modules[theirs] = None
-            parameters[f"{PREFIX}{theirs}.{last}"] = p
-    return list(modules), parameters
+            tensors[f"{PREFIX}{theirs}.{last}"] = tensor
+    return list(modules), tensors
 
 
 def modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -6,6 +6,7 @@ One learned number a feature, all of them one at the start. Each is a factor of 
 a matrix, so that they merge, as LoRA's update does.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,11 +162,10 @@ def load(model: nn.Module, folder: str | Path) -> IA3Config:
             already. The model is unchanged then.
     """
     targets.check_free(model, METHOD)
-    files.read_settings(folder, "IA3")
+    settings = files.read_settings(folder, "IA3")
     tensors = files.read_tensors(folder)
     adapted, heads = files.split(tensors, _module_of)
-    # a factor of the input lies along a row, one of the output along a column
-    of_input = {name: tensors[_key(name)].shape[0] == 1 for name in adapted}
+    of_input = {name: _is_input(name, settings.get("feedforward_modules")) for name in adapted}
     config = IA3Config(
         targets=tuple(files.our_name(model, n) for n in adapted if not of_input[n]),
         inputs=tuple(files.our_name(model, n) for n in adapted if of_input[n]),
@@ -195,6 +195,20 @@ def _key(theirs: str) -> str:
 
 def _module_of(name: str) -> str | None:
     return name.removesuffix(".ia3_l") if name.endswith(".ia3_l") else None
+
+
+def _is_input(name: str, feedforward: object) -> bool:
+    """Whether peft rescales what this module reads: it is one of these, or matches the pattern.
+
+    Raises:
+        ValueError: they are no names and no pattern.
+    """
+    if isinstance(feedforward, str):
+        return re.fullmatch(feedforward, name) is not None
+    if not feedforward:
+        return False
+    targets.check_targets("feedforward_modules", feedforward)
+    return any(name.endswith(ending) for ending in feedforward)
 
 
 def _shaped(layer: IA3Linear) -> Tensor:

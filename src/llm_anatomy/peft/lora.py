@@ -208,6 +208,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(model: nn.Module, folder: str | Path) -> LoRAConfig:
     """Put on a base the LoRA that `save` or peft has written.
 
+    The factors take the precision of the base; peft keeps them in 32 bits over one of 16.
+
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: a file is corrupt, asks for a variant of LoRA that is not supported, or was made

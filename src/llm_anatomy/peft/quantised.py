@@ -128,10 +128,13 @@ def quantise(
         group: scales that share one scale of their own, or None.
 
     Raises:
-        ValueError: the tensor is empty or not finite, the levels do not rise from -1 to 1, or a
-            size is not a whole number of at least 1.
+        ValueError: the tensor is empty or not finite, or its values are too large for 32 bits; the
+            levels are not 16 or do not rise from -1 to 1; or a size is not a whole number of at
+            least 1.
     """
     levels = nf4_levels() if levels is None else levels
+    if levels.shape != (LEVELS,):
+        raise ValueError(f"there must be {LEVELS} levels, got a tensor of {tuple(levels.shape)}")
     if (levels.diff() <= 0).any() or levels[0] != -1 or levels[-1] != 1:
         raise ValueError(f"the levels must rise from -1 to 1, got {levels.tolist()}")
     check_count("block", block)
@@ -141,6 +144,8 @@ def quantise(
         raise ValueError(f"a tensor of shape {tuple(weight.shape)} has nothing to quantise")
     if not weight.isfinite().all():
         raise ValueError("the tensor holds values that are not finite")
+    if not (weight.detach().abs().amax().float() * weight.numel() * 127).isfinite():
+        raise ValueError("the tensor holds values whose sums are too large for 32 bits")
     levels = levels.to(weight.device)
     flat = weight.detach().float().flatten()
     absmax = _blocks(flat, block).abs().amax(dim=1)  # (S,)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 State = dict[str, Tensor]
 Targets = tuple[str, ...]
@@ -70,7 +71,11 @@ def widths(name: str, module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     kind = type(module).__name__
-    raise ValueError(f"{name} is a {kind}; what can be adapted are linear layers and embeddings")
+    inside = [f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    such = f", such as {inside[0]}" if inside else ""
+    raise ValueError(
+        f"{name} is a {kind}; what can be adapted are linear layers and embeddings{such}"
+    )
 
 
 # --- What trains, and what is frozen --------------------------------------------------------------
@@ -83,6 +88,7 @@ class _Carried:
     method: str
     flags: list[tuple[nn.Parameter, bool]]
     values: list[tuple[nn.Parameter, Tensor]]
+    statistics: list[tuple[nn.Module, str, Tensor]]
     merged: bool = False
 
 
@@ -125,7 +131,8 @@ def freeze(model: nn.Module, method: str, parameters: Iterable[nn.Parameter] = (
     """Make `parameters` the only ones that train, and note what `thaw` needs.
 
     Call it before new parameters are added. Of `parameters`, which belong to the base, a copy is
-    kept, so that the base comes back as it was.
+    kept, so that the base comes back as it was, and of the running statistics of batch norms, which
+    move in training though they are no parameters.
     """
     check_free(model, method)
     kept = {id(p) for p in parameters}
@@ -134,6 +141,7 @@ def freeze(model: nn.Module, method: str, parameters: Iterable[nn.Parameter] = (
         method,
         [(p, p.requires_grad) for p in base],
         [(p, p.detach().clone()) for p in base if id(p) in kept],
+        _running(model),
     )
     for p in base:
         p.requires_grad_(id(p) in kept)
@@ -149,10 +157,22 @@ def thaw(model: nn.Module, method: str, *, restore: bool = True) -> None:
     with torch.no_grad():
         for p, value in record.values if restore else ():
             p.copy_(value)
+        for module, name, value in record.statistics if restore else ():
+            getattr(module, name).copy_(value)
     for p, flag in record.flags:
         p.requires_grad_(flag)
     for module in model.modules():
         vars(module).pop(_METHOD, None)
+
+
+def _running(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """A copy of the running statistics of batch norms, and where each belongs."""
+    return [
+        (module, name, tensor.clone())
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        for name, tensor in module.named_buffers(recurse=False)
+    ]
 
 
 def set_merged(model: nn.Module, method: str, merged: bool) -> None:
@@ -194,7 +214,8 @@ def trainable(model: nn.Module) -> dict[str, int]:
 def state(model: nn.Module) -> State:
     """A copy of what a method has learned: every parameter that trains, by its name.
 
-    Several tasks share one base: keep the state of each, and load whichever is wanted.
+    Several tasks share one base: keep the state of each, and load whichever is wanted. Buffers,
+    such as the running statistics of batch norms, are not among it.
 
     Raises:
         ValueError: the model carries no method, or one that is merged.
