@@ -515,6 +515,15 @@ def test_in_llama_only_distances_matter(monkeypatch):
 
 
 @torch.no_grad()
+def test_the_table_of_gemma_says_by_how_much_it_scales():
+    """LoRA asks for it: what is added to the table is scaled as well."""
+    table = Gemma(FAMILIES["Gemma"].small).token_embedding
+    tokens = torch.randint(V, (2, 5))
+    torch.testing.assert_close(table(tokens), table.weight[tokens] * table.embed_scale)
+    assert table.embed_scale == table.embedding_dim**0.5
+
+
+@torch.no_grad()
 def test_llama_with_shared_keys_equals_one_with_copies():
     """Query heads that share keys and values equal heads that have copies of them."""
     model = parity.randomise(Llama(LLAMA))

@@ -628,6 +628,13 @@ def test_tokens_of_another_width_cannot_be_near():
         nearest_tokens(torch.ones(2, 3), torch.ones(5, 4))
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("text", [(1.9,), ("a",)])
+def test_a_text_that_holds_no_ids_is_refused(text):
+    with pytest.raises(ValueError, match="must hold token ids"):
+        SoftPromptConfig(init="text", text=text)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -56,8 +56,12 @@ class OneCentredRMSNorm(RMSNorm):
 class ScaledEmbedding(nn.Embedding):
     """Token vectors times the root of their width."""
 
+    @property
+    def embed_scale(self) -> float:
+        return self.embedding_dim**0.5
+
     def forward(self, tokens: Int[Tensor, "*_"]) -> Float[Tensor, "*_ D"]:
-        return super().forward(tokens) * self.embedding_dim**0.5
+        return super().forward(tokens) * self.embed_scale
 
 
 class GemmaBlock(LlamaBlock):

@@ -63,7 +63,8 @@ class SoftPromptConfig:
         also_train: modules that train in full beside the prompt, such as a new head, by name.
 
     Raises:
-        ValueError: there is no virtual token, `init` is unknown, or it does not go with `text`.
+        ValueError: there is no virtual token, `init` is unknown or does not go with `text`, or the
+            text holds no token ids.
     """
 
     n_tokens: int = 20
@@ -76,6 +77,8 @@ class SoftPromptConfig:
         check_count("n_tokens", self.n_tokens)
         if self.init not in STARTS:
             raise ValueError(f"init must be one of {', '.join(STARTS)}; got {self.init!r}")
+        if not all(hasattr(token, "__index__") for token in self.text):
+            raise ValueError(f"text must hold token ids, got {self.text}")
         if (self.init == "text") != bool(self.text):
             raise ValueError(f'init="text" goes with a text; got {self.init!r} and {self.text}')
 
@@ -148,8 +151,7 @@ class PromptEncoder(nn.Module):
             sizes = (2 * hidden, 2 * hidden, D)
         else:
             sizes = (D, hidden, hidden, D)
-        layers = [nn.Linear(i, o) for i, o in pairwise(sizes)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
 
     @property
     def n_tokens(self) -> int:
