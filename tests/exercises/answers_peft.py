@@ -182,6 +182,10 @@ WRONG = {
             "anywhere in the name",
         ),
         (
+            lambda names, head: [n for n in names if "lora_" in n or n.startswith(head)],
+            "only begins as the head's does",
+        ),
+        (
             lambda names, head: [
                 n
                 for n in names
@@ -260,13 +264,15 @@ WRONG = {
         ),
     ],
     "count_parameters": [
-        ((147_456, 2_379_264, 55_296, 9_216), "LoRA: one factor is missing"),
+        ((147_456, 2_379_264, 55_296, 9_216), "LoRA: this is half"),
         ((24_576, 2_379_264, 55_296, 9_216), "LoRA: this is one block"),
         ((14_155_776, 2_379_264, 55_296, 9_216), "LoRA: these are the whole matrices"),
         ((294_912, 2_359_296, 55_296, 9_216), "Adapters: their biases are missing"),
         ((294_912, 1_189_632, 55_296, 9_216), "Adapters: that is one a block"),
         ((294_912, 2_379_264, 27_648, 9_216), "(IA)³: the inner features are F"),
         ((294_912, 2_379_264, 18_432, 9_216), "(IA)³: only keys and values"),
+        ((294_912, 2_379_264, 46_080, 9_216), "(IA)³: one of the three places"),
+        ((294_912, 2_379_264, 55_296, 102_912), "BitFit: these are all biases"),
         ((294_912, 2_379_264, 55_296, 7_077_888), "BitFit: the weights of the queries"),
     ],
     "qlora_bytes": [
@@ -274,6 +280,7 @@ WRONG = {
         ((36, 4.127, 3.611), "each weight pays a whole scale"),
         ((4.5, 4.125, 3.611), "The second: the scales of the scales are missing"),
         ((4.5, 4.25, 3.72), "shared by 256 weights"),
+        ((4.5, 4.127, 3.9375), "The third is without double quantisation"),
         ((4.5, 4.127, 28.89), "in gigabits"),
         ((4.5, 4.127, 3.611e9), "The third is in bytes"),
     ],

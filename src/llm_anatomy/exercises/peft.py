@@ -332,7 +332,13 @@ def _layer(*bugs: str) -> Callable[..., Tensor]:
 def _layer_cases() -> list[Case]:
     rows = []
     for n, (p, training, merged) in enumerate(
-        [(0.0, True, False), (1.0, True, False), (1.0, False, False), (0.0, False, True)]
+        [
+            (0.0, True, False),
+            (1.0, True, False),
+            (1.0, False, False),
+            (0.0, False, True),
+            (0.0, True, True),
+        ]
     ):
         label = f"dropout {p}, {'training' if training else 'evaluation'}"
         weights = normal(6, 4, seed=n), normal(3, 4, seed=n + 1), normal(6, 3, seed=n + 2)
@@ -418,7 +424,11 @@ def _names_cases() -> list[Case]:
     other = ["encoder.v_proj.base.weight", "encoder.v_proj.lora_A", "encoder.v_proj.lora_B"]
     return [
         case("a classifier with LoRA on its queries", names, "classifier"),
-        case("a tagger with LoRA on its values", [*other, "tagger.weight", "norm.bias"], "tagger"),
+        case(
+            "a tagger with LoRA on its values",
+            [*other, "tagger_norm.weight", "tagger.weight", "norm.bias"],
+            "tagger",
+        ),
     ]
 
 
@@ -488,9 +498,14 @@ def what_trains(names: list[str], head: str) -> list[str]:
                 lambda names, head: [n for n in names if _factor(n) or head in n],
             ),
             Mistake(
+                "A module whose name only begins as the head's does trains too.",
+                lambda names, head: [n for n in names if _factor(n) or n.startswith(head)],
+                hint=2,
+            ),
+            Mistake(
                 "The biases of the base train as well. That is what BitFit does.",
                 lambda names, head: [
-                    n for n in names if _factor(n) or n.startswith(head) or n.endswith("bias")
+                    n for n in names if n in _trains(names, head) or n.endswith("bias")
                 ],
             ),
             Mistake(
@@ -518,6 +533,7 @@ def _counts() -> tuple[int, int, int, int]:
 
 
 _L, _D, _F = 12, 768, 3072
+_ALL_BIASES = _L * (4 * _D + _F + _D + 2 * _D) + 2 * _D  # in the end: embedding norm, pooler
 COUNT_PARAMETERS = Exercise(
     name="count_parameters",
     title="Four methods on BERT-base",
@@ -542,7 +558,7 @@ count_parameters = (
     hints=(
         "LoRA has two factors for each of two matrices in each block. An adapter has two matrices "
         "and two biases.",
-        "A factor of rank r on a D by D matrix has r·D numbers. An adapter of width m has 2·D·m "
+        "A factor of rank R on a D by D matrix has R·D numbers. An adapter of width m has 2·D·m "
         "weights, m biases and then D biases. (IA)³ has one number for each feature.",
     ),
     solution="""
@@ -554,18 +570,14 @@ count_parameters = (
 )
 """,
     why="In thousandths of BERT's 109 million: 2.7, 21.7, 0.5 and 0.08. The methods differ by a "
-    "factor of 250 in what they train.",
+    "factor of more than 250 in what they train.",
     point="What trains is a matter of a formula; whether it is enough is a matter of measuring.",
     check=same_value(
         _counts,
         [
             Mistake(
-                "LoRA: one factor is missing. There are A and B.",
+                "LoRA: this is half. Each block has two matrices, and each of them two factors.",
                 when=lambda got, _: got[0] == _L * 2 * 8 * _D,
-            ),
-            Mistake(
-                "LoRA: one of the two matrices of each block is missing.",
-                when=lambda got, _: got[0] == _L * 8 * 2 * _D,
             ),
             Mistake(
                 "LoRA: this is one block. There are twelve.",
@@ -590,6 +602,14 @@ count_parameters = (
             Mistake(
                 "(IA)³: only keys and values are counted.",
                 when=lambda got, want: got[:2] == want[:2] and got[2] == _L * 2 * _D,
+            ),
+            Mistake(
+                "(IA)³: one of the three places is missing. Keys and values have D features each.",
+                when=lambda got, want: got[:2] == want[:2] and got[2] == _L * (_D + _F),
+            ),
+            Mistake(
+                "BitFit: these are all biases of BERT. Asked for are those of the queries.",
+                when=lambda got, want: got[:3] == want[:3] and got[3] == _ALL_BIASES,
             ),
             Mistake(
                 "BitFit: the weights of the queries are counted; a bias has D numbers.",
@@ -809,9 +829,10 @@ RANK_NEEDED = Exercise(
     level=3,
     minutes=10,
     task="""
-`delta` is what full fine-tuning added to a weight. Return the smallest rank $r$ for which some
-matrix of rank $r$ comes so near that the relative error
-$\\lVert \\Delta - \\Delta_r \\rVert_F / \\lVert \\Delta \\rVert_F$ is at most `tolerance`.
+`delta` is what full fine-tuning added to a weight. Return the smallest rank $R$ for which some
+matrix $\\Delta_R$ of rank $R$ comes so near that the relative error
+$\\lVert \\Delta - \\Delta_R \\rVert_F / \\lVert \\Delta \\rVert_F$ is at most `tolerance`. The
+norm is the root of the sum of all squared entries.
 """,
     stub='''
 def rank_needed(delta: Float[Tensor, "O I"], tolerance: float) -> int:
@@ -819,7 +840,7 @@ def rank_needed(delta: Float[Tensor, "O I"], tolerance: float) -> int:
     raise NotImplementedError
 ''',
     hints=(
-        "The nearest matrix of rank r keeps the r largest singular values. What is left over is "
+        "The nearest matrix of rank R keeps the R largest singular values. What is left over is "
         "made of the others.",
         "The squared norm of a matrix is the sum of the squares of its singular values. Compare "
         "the root of the share that is left with the tolerance.",
@@ -832,8 +853,8 @@ def rank_needed(delta: Float[Tensor, "O I"], tolerance: float) -> int:
         if (energy[r:].sum() / energy.sum()).sqrt() <= tolerance:
             return r
 ''',
-    why="By the theorem of Eckart and Young no matrix of rank r is nearer. LoRA's two factors can "
-    "express every matrix of rank r, so this is the least error that LoRA could reach.",
+    why="By the theorem of Eckart and Young no matrix of rank R is nearer. LoRA's two factors can "
+    "express every matrix of rank R, so this is the least error that LoRA could reach.",
     point="A low rank is a claim about singular values, which you can measure before you tune.",
     check=same_function(
         lambda delta, tolerance: _smallest_rank(delta, tolerance),
@@ -955,7 +976,7 @@ QLORA_BYTES = Exercise(
 QLoRA stores each weight in 4 bits, and one scale of 32 bits for each block of 64 weights. Double
 quantisation stores these scales in 8 bits each instead, and one scale of 32 bits for each group of
 256 of them. Give the bits for a weight without and with double quantisation, and the gigabytes
-($10^9$ bytes) of $7 \\cdot 10^9$ weights with it.
+($10^9$ bytes) of $7 \\cdot 10^9$ weights with it. Do not round.
 """,
     stub="""
 qlora_bytes = (
@@ -999,6 +1020,10 @@ qlora_bytes = (
                 when=lambda got, want: (
                     abs(got[0] - want[0]) < 1e-3 and abs(got[1] - (4 + 8 / 64 + 32 / 256)) < 1e-4
                 ),
+            ),
+            Mistake(
+                "The third is without double quantisation.",
+                when=lambda got, want: got[:1] == want[:1] and abs(got[2] - 3.9375) < 1e-3,
             ),
             Mistake(
                 "The third is in gigabits. Eight bits make a byte.",
