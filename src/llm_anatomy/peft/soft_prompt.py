@@ -38,7 +38,6 @@ from llm_anatomy.peft.targets import (
     check_free,
     check_names,
     check_share,
-    find,
     freeze,
     parameters_of,
     thaw,
@@ -422,13 +421,8 @@ Heads = dict[str, State]
 
 def heads_out(model: nn.Module, names: tuple[str, ...]) -> tuple[list[str], State]:
     """Modules that train in full, as peft writes them: their names, and their tensors."""
-    modules, parameters = files.in_full(model, names)
-    tensors: State = {_FRONT + n.removeprefix(files.PREFIX): p for n, p in parameters.items()}
-    for found in find(model, names) if names else ():
-        for path, tensor in model.get_submodule(found).state_dict(prefix=f"{found}.").items():
-            module, _, last = path.rpartition(".")
-            tensors.setdefault(f"{_FRONT}{files.their_name(model, module)}.{last}", tensor)
-    return modules, tensors
+    modules, tensors = files.in_full(model, names)
+    return modules, {_FRONT + n.removeprefix(files.PREFIX): t for n, t in tensors.items()}
 
 
 def heads_in(model: nn.Module, tensors: State) -> Heads:
