@@ -38,7 +38,7 @@ def _percent_cases() -> list[Case]:
 
 
 def _percent(
-    n_layers: int, d_model: int, r: int, n_base: int, matrices: float = 2, sides: int = 2
+    n_layers: int, d_model: int, r: int, n_base: int, matrices: int = 2, sides: int = 2
 ) -> float:
     return 100 * n_layers * matrices * sides * r * d_model / n_base
 
