@@ -225,6 +225,12 @@ def compare(**changed):
     return figures.method_comparison(METHODS, COLUMNS, **{**given, **changed})
 
 
+def test_a_choice_of_one_is_no_control():
+    for up, labels in ((["accuracy", "bytes"], ["across", "up"]), (["accuracy"], ["across"])):
+        dropdowns = [w for w in inside(compare(up=up)) if isinstance(w, widgets.Dropdown)]
+        assert [w.description for w in dropdowns] == labels
+
+
 def test_comparison_shows_means_with_one_standard_error():
     page = html(compare())[0]
     rows = re.findall(r"<tr><td>(\d)<th scope=row>([^<]+)<td>([^<]+)<td>([^<]+)", page)

@@ -444,7 +444,8 @@ def method_comparison(
 
     knobs = [control("across", list(across)), control("up", list(up))]
     pages = nested(page, knobs, [across, up])
-    return Figure([row(knobs), pages, panels()(_style())], about)
+    choices = [knob for knob in knobs if len(knob.options) > 1]  # of one there is no choice
+    return Figure([*([row(choices)] if choices else []), pages, panels()(_style())], about)
 
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 292, 12, 206  # of the plot, in a picture of 320 by 250
