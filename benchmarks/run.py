@@ -6,8 +6,9 @@
     python benchmarks/run.py --threads 1
 
 Sizes are those of GPT-2 (124M), BERT-base and T5-small, of a LLaMA as wide and deep as GPT-2, and
-of a Transformer as wide as T5-small; the peers are their transformers classes with eager and with sdpa attention. A text has 128 tokens;
-64 are decoded. In the rows called lengthwise, `decoding.lay_lengthwise` has turned our weights.
+of a Transformer as wide as T5-small; the peers are their transformers classes with eager and with
+sdpa attention. A text has 128 tokens; 64 are decoded. In the rows called lengthwise,
+`decoding.lay_lengthwise` has turned our weights.
 
 Ours, the peers and the machine's limit take turns within one process, so that what slows the
 machine slows all; with one thread, time in which others have the core does not count. Before
