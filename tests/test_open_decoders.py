@@ -203,6 +203,7 @@ FAMILIES = {
             n_heads=4,
             n_kv_heads=2,
             d_model=24,
+            d_head=6,
             d_ff=20,
             two_norms=True,
             n_positions=24,

@@ -8,26 +8,22 @@ all heads share one key and one value (multi-query attention, Shazeer, 2019, arX
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from llm_anatomy import masks
 from llm_anatomy.attention import MultiHeadAttention, Rotate
 from llm_anatomy.cache import KVCache
 from llm_anatomy.feedforward import FeedForward
-from llm_anatomy.models.checks import check_context, check_keep, check_options, check_tokens
-from llm_anatomy.models.llama import rope_base_from_hf
-from llm_anatomy.positions import rope_angles, rope_rotate
-from llm_anatomy.weights import Fused, Pretrained, Rename, Rule, check_fields
+from llm_anatomy.models.checks import check_options
+from llm_anatomy.models.llama import Llama, LlamaConfig, rope_base_from_hf
+from llm_anatomy.weights import Fused, Rename, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class FalconConfig:
+class FalconConfig(LlamaConfig):
     """Falcon 7B unless told otherwise.
 
     `two_norms` gives each half of a block its own norm; otherwise they share one. `dropout` acts on
@@ -39,20 +35,15 @@ class FalconConfig:
     """
 
     vocab_size: int = 65_024
-    n_layers: int = 32
     n_heads: int = 71
     n_kv_heads: int = 1
     d_model: int = 4544
+    d_head: int = 64
     d_ff: int = 18_176
     two_norms: bool = False
-    n_positions: int = 2048
-    rope_base: float = 10_000.0
     dropout: float = 0.0
     tied: bool = True
     eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 FALCON_7B = FalconConfig()
@@ -73,7 +64,11 @@ class FalconBlock(nn.Module):
         if config.two_norms:
             self.ffn_norm = nn.LayerNorm(config.d_model, config.eps)
         self.attention = MultiHeadAttention(
-            config.d_model, config.n_heads, n_kv_heads=config.n_kv_heads, bias=False
+            config.d_model,
+            config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            d_head=config.d_head,
+            bias=False,
         )
         self.ffn = FeedForward(config.d_model, config.d_ff, F.gelu, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -91,88 +86,15 @@ class FalconBlock(nn.Module):
         return x + self.dropout(attended + self.ffn(self.ffn_norm(x) if self.two_norms else read))
 
 
-class Falcon(Pretrained):
-    """A causal decoder from token ids to logits: `forward` composes `embed`, `hidden`, `logits`."""
+class Falcon(Llama):
+    """LLaMA with the blocks of Falcon and a LayerNorm at the end."""
 
     model_type = "falcon"
+    block = FalconBlock
 
     def __init__(self, config: FalconConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(FalconBlock(config) for _ in range(config.n_layers))
+        super().__init__(config)
         self.norm = nn.LayerNorm(config.d_model, config.eps)
-        if not config.tied:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.normal_(p, std=0.02)
-
-    def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Token vectors; where they stand enters in each attention.
-
-        Raises:
-            ValueError: there is no token, or an id lies outside the vocabulary.
-        """
-        check_tokens(tokens, self.config.vocab_size)
-        return self.token_embedding(tokens)
-
-    def hidden(
-        self,
-        x: Float[Tensor, "B T D"],
-        keep: Bool[Tensor, "B S"] | None = None,
-        caches: list[KVCache] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Run the blocks and the last norm over `x`, which follows whatever the caches hold.
-
-        Args:
-            x: token vectors.
-            keep: True at real tokens, from position 0 on. Positions then count real tokens alone.
-            caches: one a layer, from `new_caches`.
-
-        Raises:
-            ValueError: a position lies beyond the context, or `keep` has another shape.
-        """
-        past = len(caches[0]) if caches else 0
-        B, T, D = x.shape
-        positions = torch.arange(past, past + T, device=x.device)  # (T,)
-        mask = masks.causal(T, past + T, device=x.device) if T > 1 else None  # one sees all
-        if keep is not None:
-            check_keep(keep, B, past + T)
-            positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, None, past:]  # (B, 1, T)
-            padding = masks.padding(keep)
-            mask = padding if mask is None else mask & padding  # (B, 1, T, S)
-        needed = past + T if keep is None else int(positions.max()) + 1
-        check_context(needed, self.config.n_positions)
-        cos, sin = rope_angles(positions, D // self.config.n_heads, self.config.rope_base)
-        rotate = partial(rope_rotate, cos=cos.to(x.dtype), sin=sin.to(x.dtype))
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, mask, rotate, cache)
-        return self.norm(x)
-
-    def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-        """Score every token of the vocabulary against `x`."""
-        return x @ self.token_embedding.weight.T if self.config.tied else self.lm_head(x)
-
-    def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        keep: Bool[Tensor, "B S"] | None = None,
-        caches: list[KVCache] | None = None,
-    ) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each position.
-
-        Args:
-            tokens: those that follow what the caches hold.
-            keep: True at real tokens, False at padding; one column for each position, those in the
-                caches included.
-            caches: one a layer, from `new_caches`.
-        """
-        return self.logits(self.hidden(self.embed(tokens), keep, caches))
-
-    def new_caches(self, capacity: int | None = None) -> list[KVCache]:
-        """One empty cache a layer."""
-        return [KVCache(capacity) for _ in self.blocks]
 
     @staticmethod
     def config_from_hf(hf: Mapping[str, Any]) -> FalconConfig:
@@ -195,6 +117,7 @@ class Falcon(Pretrained):
             n_heads=n_heads,
             n_kv_heads=(hf.get("num_kv_heads") or n_heads) if grouped else 1,
             d_model=hf["hidden_size"],
+            d_head=hf["hidden_size"] // n_heads,
             d_ff=hf.get("ffn_hidden_size") or 4 * hf["hidden_size"],
             two_norms=grouped and n_norms == 2,
             n_positions=hf.get("max_position_embeddings", 2048),
